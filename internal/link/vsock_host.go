@@ -1,0 +1,188 @@
+package link
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync"
+	"syscall"
+	"unsafe"
+
+	"github.com/mdlayher/vsock"
+	"golang.org/x/sys/unix"
+)
+
+// VhostVsock is the device through which the host's kernel gives a guest its
+// AF_VSOCK address.
+const VhostVsock = "/dev/vhost-vsock"
+
+// vhostVsockSetGuestCID is VHOST_VSOCK_SET_GUEST_CID of linux/vhost.h,
+// _IOW(0xAF, 0x60, __u64).
+const vhostVsockSetGuestCID = 0x4008af60
+
+// helloPort is where streams to the guest begin (guestrpc.PortHello): there the
+// guest dials, not the host.
+const helloPort = 1
+
+// Vsock is the host's end of an AF_VSOCK link to one guest.
+//
+// The guest dials out once, to say that it is there; that connection is what
+// Dial gives for the hello port. The kernel vouches for the peer's address, so
+// no other guest can take its place.
+type Vsock struct {
+	cid    uint32
+	device *os.File
+	listen *vsock.Listener
+	hello  chan net.Conn // the guest's call
+	done   chan struct{}
+	once   sync.Once
+	wg     sync.WaitGroup
+
+	mu    sync.Mutex // guards conns
+	conns map[net.Conn]struct{}
+}
+
+var _ Host = (*Vsock)(nil)
+
+// ListenVsock reserves a guest address of the host's kernel and waits for the
+// guest that will have it. It needs access to /dev/vhost-vsock.
+func ListenVsock() (*Vsock, error) {
+	device, err := os.OpenFile(VhostVsock, os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	cid, err := reserveCID(device)
+	if err != nil {
+		device.Close()
+		return nil, fmt.Errorf("reserve a vsock address: %w", err)
+	}
+	l, err := vsock.ListenContextID(unix.VMADDR_CID_ANY, unix.VMADDR_PORT_ANY, nil)
+	if err != nil {
+		device.Close()
+		return nil, fmt.Errorf("listen on vsock: %w", err)
+	}
+	v := &Vsock{
+		cid: cid, device: device, listen: l,
+		hello: make(chan net.Conn, 1),
+		done:  make(chan struct{}),
+		conns: make(map[net.Conn]struct{}),
+	}
+	v.wg.Go(v.accept)
+	return v, nil
+}
+
+// reserveCID takes a random free address; the kernel refuses one in use.
+func reserveCID(device *os.File) (uint32, error) {
+	for range 64 {
+		var b [4]byte
+		rand.Read(b[:])
+		cid := uint64(binary.BigEndian.Uint32(b[:])>>1) | 1<<10 // never one of the reserved low ones
+		_, _, errno := unix.Syscall(unix.SYS_IOCTL, device.Fd(), vhostVsockSetGuestCID, uintptr(unsafe.Pointer(&cid)))
+		switch {
+		case errno == 0:
+			return uint32(cid), nil
+		case errno != unix.EADDRINUSE:
+			return 0, errno
+		}
+	}
+	return 0, errors.New("no free address found")
+}
+
+// CID is the guest's address.
+func (v *Vsock) CID() uint32 { return v.cid }
+
+// Port is where the guest must dial.
+func (v *Vsock) Port() uint32 { return v.listen.Addr().(*vsock.Addr).Port }
+
+// Device is the open /dev/vhost-vsock on which the address is reserved, to be
+// given to the VMM. It stays the Vsock's.
+func (v *Vsock) Device() *os.File { return v.device }
+
+// accept waits for the one call that comes from our guest and hangs up on
+// everything else: other guests and other users of the host can dial the port.
+func (v *Vsock) accept() {
+	defer v.listen.Close()
+	for {
+		c, err := v.listen.Accept()
+		if err != nil {
+			return
+		}
+		if a, ok := c.RemoteAddr().(*vsock.Addr); ok && a.ContextID == v.cid {
+			v.hello <- c
+			return
+		}
+		c.Close()
+	}
+}
+
+// Dial opens a stream to the guest. On the hello port it waits for the guest's
+// call, which comes once.
+func (v *Vsock) Dial(ctx context.Context, port uint32) (net.Conn, error) {
+	if port == helloPort {
+		select {
+		case c := <-v.hello:
+			return v.own(c)
+		case <-v.done:
+			return nil, ErrClosed
+		case <-ctx.Done():
+			return nil, fmt.Errorf("wait for the guest's call: %w", context.Cause(ctx))
+		}
+	}
+	c, err := vsock.DialContext(ctx, v.cid, port, nil)
+	if errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.ECONNREFUSED) {
+		return nil, fmt.Errorf("dial port %d: %w", port, ErrRefused)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("dial port %d: %w", port, err)
+	}
+	return v.own(c)
+}
+
+// own makes c end with the link.
+func (v *Vsock) own(c net.Conn) (net.Conn, error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if isClosed(v.done) {
+		c.Close()
+		return nil, ErrClosed
+	}
+	v.conns[c] = struct{}{}
+	return &ownedConn{Conn: c, v: v}, nil
+}
+
+type ownedConn struct {
+	net.Conn
+	v *Vsock
+}
+
+func (c *ownedConn) Close() error {
+	c.v.mu.Lock()
+	delete(c.v.conns, c.Conn)
+	c.v.mu.Unlock()
+	return c.Conn.Close()
+}
+
+// Close gives the address back and ends every stream.
+func (v *Vsock) Close() error {
+	v.once.Do(func() {
+		v.mu.Lock()
+		close(v.done)
+		for c := range v.conns {
+			c.Close()
+		}
+		v.mu.Unlock()
+		v.listen.Close()
+		v.wg.Wait()
+		select {
+		case c := <-v.hello:
+			c.Close()
+		default:
+		}
+		v.device.Close()
+	})
+	return nil
+}

@@ -1,0 +1,122 @@
+// Package qemu runs machines with QEMU's microvm board: no firmware to speak
+// of, no PCI, no network device, and by software emulation where there is no
+// KVM.
+//
+// Start with [New]. What passes between QEMU and us goes over descriptors that
+// it inherits: no socket, no file and no port exists that another process could
+// find, and nothing remains when QEMU has ended, however it ended. QEMU ends
+// with the process that started it (PR_SET_PDEATHSIG).
+//
+// The QEMU process filters its own system calls (-sandbox). Start reads back
+// from the kernel that every thread of it is filtered before the guest executes
+// its first instruction, and gives up if one is not.
+package qemu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ironclaw-run/ironclaw/internal/link"
+	"github.com/ironclaw-run/ironclaw/internal/vm"
+)
+
+// Program is QEMU's name, looked up in PATH.
+const Program = "qemu-system-x86_64"
+
+// ErrNoQEMU is returned by New when there is no QEMU.
+var ErrNoQEMU = errors.New(Program + " is not installed")
+
+// Options configure a Driver. The zero value works.
+type Options struct {
+	Program   string // path or name of QEMU; "" means Program
+	FactsFile string // where facts that hold until the host reboots are remembered; "" means nowhere
+}
+
+// Driver starts machines with QEMU.
+type Driver struct {
+	program string
+	facts   *facts
+	version string
+}
+
+var _ vm.Driver = (*Driver)(nil)
+
+// New finds QEMU and asks for its version.
+func New(ctx context.Context, opts Options) (*Driver, error) {
+	name := opts.Program
+	if name == "" {
+		name = Program
+	}
+	path, err := exec.LookPath(name)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %v", ErrNoQEMU, err)
+	}
+	d := &Driver{program: path, facts: loadFacts(opts.FactsFile)}
+	if d.version, err = d.facts.version(ctx, path); err != nil {
+		return nil, err
+	}
+	return d, nil
+}
+
+// Path is the QEMU in use.
+func (d *Driver) Path() string { return d.program }
+
+// Features says what this QEMU can do on this host.
+func (d *Driver) Features() vm.Features {
+	f := vm.Features{
+		Name:    "qemu",
+		Version: d.version,
+		Accels:  []vm.Accel{vm.KVM, vm.TCG},
+		Links:   []vm.Link{vm.LinkSerial},
+	}
+	if unix.Access(link.VhostVsock, unix.R_OK|unix.W_OK) == nil {
+		f.Links = []vm.Link{vm.LinkVsock, vm.LinkSerial}
+	}
+	return f
+}
+
+// queryVersion asks QEMU for its version: "7.2.22".
+func queryVersion(ctx context.Context, path string) (string, error) {
+	cmd := exec.CommandContext(ctx, path, "--version")
+	cmd.Env = []string{}
+	out, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("ask %s for its version: %w", path, err)
+	}
+	const mark = "QEMU emulator version "
+	first, _, _ := strings.Cut(string(out), "\n")
+	if v, ok := strings.CutPrefix(first, mark); ok {
+		v, _, _ = strings.Cut(v, " ")
+		return v, nil
+	}
+	return "", fmt.Errorf("ask %s for its version: it answered %.80q", path, first)
+}
+
+// checkFiles turns QEMU's less clear complaints into ours.
+func checkFiles(spec *vm.Spec) error {
+	for _, f := range []struct{ what, path string }{
+		{"kernel", spec.Kernel}, {"initramfs", spec.Initrd}, {"root disk", spec.Root},
+	} {
+		file, err := os.Open(f.path)
+		if err != nil {
+			return fmt.Errorf("%s: %w", f.what, err)
+		}
+		st, err := file.Stat()
+		file.Close()
+		switch {
+		case err != nil:
+			return fmt.Errorf("%s: %w", f.what, err)
+		case !st.Mode().IsRegular():
+			return fmt.Errorf("%s %s is not a regular file", f.what, f.path)
+		case st.Size() == 0:
+			return fmt.Errorf("%s %s is empty", f.what, f.path)
+		}
+	}
+	return nil
+}

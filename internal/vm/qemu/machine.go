@@ -1,0 +1,175 @@
+package qemu
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/ironclaw-run/ironclaw/internal/link"
+	"github.com/ironclaw-run/ironclaw/internal/vm"
+)
+
+// machine is one QEMU process. Its life in channels: exited when the process
+// has been reaped, done when the rest has been cleaned up too.
+type machine struct {
+	info    vm.Info
+	process *os.Process
+	qmp     *qmp
+	link    link.Host
+	console *ring
+	stderr  *ring
+
+	closeOnce sync.Once
+	closing   chan struct{} // closed by Close, before it kills
+	exited    chan struct{}
+	exitErr   error // of the process; set before exited is closed
+	done      chan struct{}
+	err       error // set before done is closed
+}
+
+var _ vm.Machine = (*machine)(nil)
+
+func (m *machine) Info() vm.Info { return m.info }
+
+func (m *machine) Done() <-chan struct{} { return m.done }
+
+func (m *machine) Err() error {
+	select {
+	case <-m.done:
+		return m.err
+	default:
+		return nil
+	}
+}
+
+// finish waits for the process's end, cleans up and says why it ended.
+func (m *machine) finish() {
+	broken := m.watch()
+	m.qmp.close()
+	m.link.Close()
+	select {
+	case <-m.closing:
+	default:
+		m.err = &vm.ExitError{
+			Reason:  cmp.Or(broken, m.reason()),
+			Console: vm.Printable(m.console.tail(2048)),
+			Stderr:  vm.Printable(m.stderr.tail(2048)),
+		}
+	}
+	close(m.done)
+}
+
+// watch waits for the process's end. A machine whose link is gone is of no use
+// and is killed; watch then says what was wrong with the link.
+func (m *machine) watch() (broken string) {
+	mux, ok := m.link.(*link.Mux)
+	if !ok {
+		<-m.exited
+		return ""
+	}
+	select {
+	case <-m.exited:
+		return ""
+	case <-mux.Done():
+	}
+	if errors.Is(mux.Err(), link.ErrProtocol) {
+		broken = mux.Err().Error()
+	} else {
+		// QEMU has closed the port, most likely because it is ending.
+		select {
+		case <-m.exited:
+			return ""
+		case <-time.After(exitGrace):
+			broken = "QEMU closed the link"
+		}
+	}
+	m.kill()
+	<-m.exited
+	return broken
+}
+
+// exitGrace bounds how long QEMU may take from closing its descriptors to its
+// end before it is helped along.
+const exitGrace = 5 * time.Second
+
+// reason says in words why the process ended. A VMM's exit code tells nothing
+// about its guest: after a panic it is 0.
+func (m *machine) reason() string {
+	switch {
+	case bytes.Contains(m.console.tail(64<<10), []byte("Kernel panic - not syncing")):
+		return "the guest's kernel panicked"
+	case m.qmp.shutdownReason() == "guest-reset", m.qmp.shutdownReason() == "guest-shutdown":
+		return "the guest shut down"
+	case m.qmp.shutdownReason() != "":
+		return "QEMU stopped the guest: " + m.qmp.shutdownReason()
+	}
+	return describe(m.exitErr)
+}
+
+// describe turns the error of Cmd.Wait into a sentence.
+func describe(err error) string {
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		if ws, ok := exit.Sys().(syscall.WaitStatus); ok && ws.Signaled() {
+			return fmt.Sprintf("QEMU was ended by signal %d (%s)", ws.Signal(), ws.Signal())
+		}
+		return fmt.Sprintf("QEMU exited with status %d", exit.ExitCode())
+	}
+	if err != nil {
+		return "QEMU ended: " + err.Error()
+	}
+	return "QEMU exited"
+}
+
+func (m *machine) kill() { _ = m.process.Kill() } // an error says that it has ended
+
+// Close kills QEMU: nothing in a machine is worth a goodbye.
+func (m *machine) Close() error {
+	m.closeOnce.Do(func() {
+		close(m.closing)
+		m.kill()
+	})
+	<-m.done
+	return nil
+}
+
+// Dial opens a stream to the guest.
+func (m *machine) Dial(ctx context.Context, port uint32) (net.Conn, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stop := make(chan struct{})
+	defer close(stop)
+	go func() { // an AF_VSOCK link does not see QEMU's end by itself
+		select {
+		case <-m.exited:
+			cancel()
+		case <-stop:
+		}
+	}()
+	c, err := m.link.Dial(ctx, port)
+	if err == nil {
+		return c, nil
+	}
+	ended := errors.Is(err, link.ErrClosed) || errors.Is(err, link.ErrProtocol)
+	select {
+	case <-m.exited:
+		ended = true
+	default:
+	}
+	if !ended {
+		return nil, err
+	}
+	<-m.done
+	if m.err != nil {
+		return nil, m.err
+	}
+	return nil, link.ErrClosed
+}
