@@ -69,6 +69,10 @@ func (s Side) String() string {
 	return "guest"
 }
 
+// HelloPort is the port on which the guest waits for the host's first stream.
+// The guest's end of every link takes streams to it from the beginning.
+const HelloPort = 1
+
 // Mux runs many streams over one. All its methods are safe for concurrent use.
 //
 // Two goroutines belong to it: one reads the transport and never writes, so two
@@ -101,6 +105,11 @@ func NewMux(conn io.ReadWriteCloser, side Side) *Mux {
 		listeners: make(map[uint32]*muxListener),
 		nextID:    uint32(side),
 		work:      make(chan struct{}, 1),
+	}
+	if side == GuestSide {
+		// The host dials this port before the guest can have called Listen.
+		m.listeners[HelloPort] = m.newListener(HelloPort)
+		m.listeners[HelloPort].reserved = true
 	}
 	m.wg.Go(func() { m.fail(m.receive()) })
 	m.wg.Go(func() { m.fail(m.send()) })
@@ -187,12 +196,21 @@ func (m *Mux) Listen(port uint32) (net.Listener, error) {
 	if m.err != nil {
 		return nil, m.err
 	}
-	if m.listeners[port] != nil {
+	l := m.listeners[port]
+	switch {
+	case l == nil:
+		l = m.newListener(port)
+		m.listeners[port] = l
+	case l.reserved:
+		l.reserved = false
+	default:
 		return nil, fmt.Errorf("listen on port %d: already in use", port)
 	}
-	l := &muxListener{m: m, port: port, queue: make(chan *muxConn, acceptQueue), closed: make(chan struct{})}
-	m.listeners[port] = l
 	return l, nil
+}
+
+func (m *Mux) newListener(port uint32) *muxListener {
+	return &muxListener{m: m, port: port, queue: make(chan *muxConn, acceptQueue), closed: make(chan struct{})}
 }
 
 // enqueue tells the sender that c has something to send. m.mu is held.
@@ -345,11 +363,12 @@ func (m *Mux) handleOpen(id uint32, payload []byte) error {
 }
 
 type muxListener struct {
-	m      *Mux
-	port   uint32
-	queue  chan *muxConn
-	closed chan struct{}
-	once   sync.Once
+	m        *Mux
+	port     uint32
+	reserved bool // nobody has called Listen yet; guarded by m.mu
+	queue    chan *muxConn
+	closed   chan struct{}
+	once     sync.Once
 }
 
 var _ net.Listener = (*muxListener)(nil)

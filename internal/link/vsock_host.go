@@ -24,14 +24,10 @@ const VhostVsock = "/dev/vhost-vsock"
 // _IOW(0xAF, 0x60, __u64).
 const vhostVsockSetGuestCID = 0x4008af60
 
-// helloPort is where streams to the guest begin (guestrpc.PortHello): there the
-// guest dials, not the host.
-const helloPort = 1
-
 // Vsock is the host's end of an AF_VSOCK link to one guest.
 //
 // The guest dials out once, to say that it is there; that connection is what
-// Dial gives for the hello port. The kernel vouches for the peer's address, so
+// Dial gives for HelloPort: there the guest dials, not the host. The kernel vouches for the peer's address, so
 // no other guest can take its place.
 type Vsock struct {
 	cid    uint32
@@ -122,7 +118,7 @@ func (v *Vsock) accept() {
 // Dial opens a stream to the guest. On the hello port it waits for the guest's
 // call, which comes once.
 func (v *Vsock) Dial(ctx context.Context, port uint32) (net.Conn, error) {
-	if port == helloPort {
+	if port == HelloPort {
 		select {
 		case c := <-v.hello:
 			return v.own(c)

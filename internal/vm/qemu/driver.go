@@ -14,7 +14,6 @@ package qemu
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -29,8 +28,15 @@ import (
 // Program is QEMU's name, looked up in PATH.
 const Program = "qemu-system-x86_64"
 
-// ErrNoQEMU is returned by New when there is no QEMU.
-var ErrNoQEMU = errors.New(Program + " is not installed")
+// NotInstalledError is returned by New when there is no QEMU.
+type NotInstalledError struct{ Program string }
+
+func (e *NotInstalledError) Error() string { return e.Program + " is not installed" }
+
+// Hint is the remedy.
+func (e *NotInstalledError) Hint() string {
+	return "install it: sudo apt-get install -y qemu-system-x86"
+}
 
 // Options configure a Driver. The zero value works.
 type Options struct {
@@ -55,7 +61,7 @@ func New(ctx context.Context, opts Options) (*Driver, error) {
 	}
 	path, err := exec.LookPath(name)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %v", ErrNoQEMU, err)
+		return nil, &NotInstalledError{name}
 	}
 	d := &Driver{program: path, facts: loadFacts(opts.FactsFile)}
 	if d.version, err = d.facts.version(ctx, path); err != nil {

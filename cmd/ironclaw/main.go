@@ -1,0 +1,10 @@
+// Command ironclaw runs the work of AI agents in disposable micro-VMs.
+package main
+
+import (
+	"os"
+
+	"github.com/ironclaw-run/ironclaw/internal/cli"
+)
+
+func main() { os.Exit(cli.Main(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) }

@@ -1,0 +1,107 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/ironclaw-run/ironclaw/internal/cli"
+	"github.com/ironclaw-run/ironclaw/internal/kernel"
+	"github.com/ironclaw-run/ironclaw/internal/sandbox"
+	"github.com/ironclaw-run/ironclaw/internal/testenv"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){
+		"ironclaw": func() { os.Exit(cli.Main(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) },
+	})
+}
+
+// TestScripts runs what people type. Those in testdata/fast boot no machine.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir: "testdata/fast",
+		Setup: func(e *testscript.Env) error {
+			e.Setenv("IRONCLAW_HOME", filepath.Join(e.WorkDir, "home"))
+			return nil
+		},
+		RequireExplicitExec: true,
+		RequireUniqueNames:  true,
+	})
+}
+
+// TestMachineScripts runs what people type, on real machines.
+func TestMachineScripts(t *testing.T) {
+	prepared(t)
+	testscript.Run(t, testscript.Params{
+		Dir:   "testdata/machine",
+		Setup: func(e *testscript.Env) error { return useHome(e.WorkDir, e.Setenv) },
+		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
+			"exits": exits,
+		},
+		RequireExplicitExec: true,
+		RequireUniqueNames:  true,
+	})
+}
+
+// exits runs a command and checks its exit code: exits CODE COMMAND ARGS...
+func exits(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: exits CODE COMMAND ARGS...")
+	}
+	err := ts.Exec(args[1], args[2:]...)
+	code := 0
+	if err != nil {
+		code = -1
+		if _, after, ok := strings.Cut(err.Error(), "exit status "); ok {
+			fmt.Sscan(after, &code)
+		}
+	}
+	if fmt.Sprint(code) != args[0] {
+		ts.Fatalf("exit code %d, not %s", code, args[0])
+	}
+}
+
+// prepared skips unless kernel, image and agent are there.
+func prepared(t testing.TB) {
+	t.Helper()
+	testenv.NeedVM(t)
+	if _, err := kernel.Agent(); err != nil {
+		testenv.Skip(t, err.Error())
+	}
+	home, err := sandbox.DefaultHome()
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := sandbox.Open(home)
+	if _, err := h.Kernels.Current(t.Context()); err != nil {
+		testenv.Skip(t, err.Error()+": run `bin/ironclaw setup`")
+	}
+	if _, err := h.Images.Get(t.Context(), sandbox.DefaultImage); err != nil {
+		testenv.Skip(t, err.Error()+": run `bin/ironclaw setup`")
+	}
+}
+
+// useHome makes dir/home an IRONCLAW_HOME of its own that shares kernels,
+// images and what is known of the host with the user's.
+func useHome(dir string, setenv func(key, value string)) error {
+	real, err := sandbox.DefaultHome()
+	if err != nil {
+		return err
+	}
+	home := filepath.Join(dir, "home")
+	if err := os.MkdirAll(home, 0o700); err != nil {
+		return err
+	}
+	for _, name := range []string{"kernels", "images", "facts.json"} {
+		if err := os.Symlink(filepath.Join(real, name), filepath.Join(home, name)); err != nil {
+			return err
+		}
+	}
+	setenv("IRONCLAW_HOME", home)
+	return nil
+}

@@ -1,0 +1,248 @@
+// Package doctor looks at the host and tells, for each thing that IronClaw
+// needs, whether it is there, and the command that mends it.
+//
+// It changes nothing but for the one boot that proves KVM, whose verdict is
+// kept (see package qemu).
+package doctor
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/user"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ironclaw-run/ironclaw/internal/image"
+	"github.com/ironclaw-run/ironclaw/internal/kernel"
+	"github.com/ironclaw-run/ironclaw/internal/link"
+	"github.com/ironclaw-run/ironclaw/internal/sandbox"
+	"github.com/ironclaw-run/ironclaw/internal/vm"
+	"github.com/ironclaw-run/ironclaw/internal/vm/qemu"
+)
+
+// Status is how a check came out.
+type Status string
+
+// Statuses.
+const (
+	OK      Status = "ok"
+	Missing Status = "missing" // needed: nothing runs without it
+	Limited Status = "limited" // works, and would be better with it
+)
+
+// Check is one thing that was looked at.
+type Check struct {
+	Name   string `json:"name"`
+	Status Status `json:"status"`
+	Detail string `json:"detail"`
+	Remedy string `json:"remedy,omitempty"` // a command, where one mends it
+}
+
+// Healthy reports whether nothing needed is missing.
+func Healthy(checks []Check) bool {
+	for _, c := range checks {
+		if c.Status == Missing {
+			return false
+		}
+	}
+	return true
+}
+
+// Examine runs every check, in the order in which a person should mend them.
+func Examine(ctx context.Context, h *sandbox.Host, progress func(string)) []Check {
+	checks := []Check{agent(), vmm(ctx, h)}
+	checks = append(checks, builders()...)
+	checks = append(checks, home(h), memory())
+	kernelCheck, haveKernel := installedKernel(ctx, h)
+	imageCheck, haveImage := baseImage(ctx, h)
+	checks = append(checks, kernelCheck, imageCheck)
+	ready := haveKernel && haveImage && Healthy(checks)
+	return append(checks, accelerator(ctx, h, ready, progress), transport())
+}
+
+func agent() Check {
+	c := Check{Name: "guest agent", Status: OK}
+	b, err := kernel.Agent()
+	if err != nil {
+		return Check{c.Name, Missing, err.Error(), "make build"}
+	}
+	c.Detail = fmt.Sprintf("built in, %d bytes", len(b))
+	return c
+}
+
+func vmm(ctx context.Context, h *sandbox.Host) Check {
+	c := Check{Name: "QEMU", Status: OK}
+	d, err := h.Driver(ctx, "")
+	if err != nil {
+		c.Status, c.Detail = Missing, err.Error()
+		var absent *qemu.NotInstalledError
+		if errors.As(err, &absent) {
+			c.Remedy = absent.Hint()
+		}
+		return c
+	}
+	c.Detail = d.Features().Version
+	if q, ok := d.(*qemu.Driver); ok {
+		c.Detail += " (" + q.Path() + ")"
+	}
+	return c
+}
+
+// builders checks what setup and image build need. Once kernel and image are
+// there, machines run without it.
+func builders() []Check {
+	var checks []Check
+	for _, t := range []struct{ name, program, pkg string }{
+		{"apt", "apt-get", ""},
+		{"dpkg", "dpkg-deb", ""},
+		{"mmdebstrap", "mmdebstrap", "mmdebstrap"},
+	} {
+		c := Check{Name: t.name, Status: OK}
+		path, err := exec.LookPath(t.program)
+		c.Detail = path
+		if err != nil {
+			c.Status, c.Detail = Limited, "not installed: no kernel or image can be prepared"
+			if t.pkg != "" {
+				c.Remedy = "sudo apt-get install -y " + t.pkg
+			}
+		}
+		checks = append(checks, c)
+	}
+	if os.Geteuid() != 0 {
+		checks = append(checks, subordinateIDs())
+	}
+	return checks
+}
+
+// subordinateIDs checks what a normal user needs to make files of other users
+// while an image is built.
+func subordinateIDs() Check {
+	c := Check{Name: "subordinate ids", Status: Limited}
+	if _, err := exec.LookPath("newuidmap"); err != nil {
+		c.Detail, c.Remedy = "newuidmap is not installed: no image can be built", "sudo apt-get install -y uidmap"
+		return c
+	}
+	name := fmt.Sprint(os.Getuid())
+	if u, err := user.Current(); err == nil {
+		name = u.Username
+	}
+	for _, file := range []string{"/etc/subuid", "/etc/subgid"} {
+		if !hasRange(file, name) {
+			c.Detail = "none for " + name + " in " + file + ": no image can be built"
+			c.Remedy = "sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 " + name
+			return c
+		}
+	}
+	return Check{c.Name, OK, "in /etc/subuid and /etc/subgid", ""}
+}
+
+func hasRange(file, name string) bool {
+	f, err := os.Open(file)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	lines := bufio.NewScanner(f)
+	for lines.Scan() {
+		if who, _, ok := strings.Cut(lines.Text(), ":"); ok && (who == name || who == fmt.Sprint(os.Getuid())) {
+			return true
+		}
+	}
+	return false
+}
+
+// freeNeeded is what kernel, image and the making of both take.
+const freeNeeded = 2 << 30
+
+func home(h *sandbox.Host) Check {
+	c := Check{Name: "directory", Status: OK, Detail: h.Home}
+	if err := os.MkdirAll(h.Home, 0o700); err != nil {
+		return Check{c.Name, Missing, err.Error(), "set IRONCLAW_HOME to a directory that you can write"}
+	}
+	if err := unix.Access(h.Home, unix.W_OK); err != nil {
+		return Check{c.Name, Missing, h.Home + ": " + err.Error(), "set IRONCLAW_HOME to a directory that you can write"}
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(h.Home, &st); err == nil {
+		free := int64(st.Bavail) * st.Bsize
+		c.Detail += fmt.Sprintf(", %d MiB free", free>>20)
+		if free < freeNeeded {
+			c.Status, c.Remedy = Limited, "make room, or set IRONCLAW_HOME to a directory on another disk"
+		}
+	}
+	return c
+}
+
+func memory() Check {
+	c := Check{Name: "memory", Status: OK}
+	var si unix.Sysinfo_t
+	if err := unix.Sysinfo(&si); err != nil {
+		return Check{c.Name, Limited, err.Error(), ""}
+	}
+	total := int64(si.Totalram) * int64(si.Unit)
+	c.Detail = fmt.Sprintf("%d MiB", total>>20)
+	if total < 2*vm.DefaultMemory {
+		c.Status, c.Remedy = Limited, "use machines smaller than the default of 256M (--memory)"
+	}
+	return c
+}
+
+func installedKernel(ctx context.Context, h *sandbox.Host) (Check, bool) {
+	k, err := h.Kernels.Current(ctx)
+	if err != nil {
+		return Check{"kernel", notYet(err, kernel.ErrNotInstalled), err.Error(), "ironclaw setup"}, false
+	}
+	return Check{"kernel", OK, k.Release + " from " + k.Source, ""}, true
+}
+
+func baseImage(ctx context.Context, h *sandbox.Host) (Check, bool) {
+	img, err := h.Images.Get(ctx, sandbox.DefaultImage)
+	if err != nil {
+		return Check{"image base", notYet(err, image.ErrNotFound), err.Error(), "ironclaw setup"}, false
+	}
+	return Check{"image base", OK, fmt.Sprintf("%.19s, %d MiB, %d packages", img.Digest, img.Size>>20, len(img.Packages)), ""}, true
+}
+
+// notYet tells what the first run makes by itself from what is broken.
+func notYet(err, absent error) Status {
+	if errors.Is(err, absent) {
+		return Limited
+	}
+	return Missing
+}
+
+func accelerator(ctx context.Context, h *sandbox.Host, ready bool, progress func(string)) Check {
+	c := Check{Name: "accelerator", Status: Limited}
+	if !ready {
+		c.Detail = "not known yet: KVM is proved by booting a machine, for which something above is missing"
+		return c
+	}
+	v, err := h.KVM(ctx, progress)
+	switch {
+	case err != nil:
+		c.Detail = "not known: " + err.Error()
+	case v.Works:
+		c.Status, c.Detail = OK, "kvm: "+v.Reason
+	default:
+		c.Detail = "tcg (software emulation): " + v.Reason
+		if strings.Contains(v.Reason, "permission") {
+			c.Remedy = sandbox.KVMPermissionRemedy
+		}
+	}
+	return c
+}
+
+func transport() Check {
+	c := Check{Name: "link", Status: OK}
+	if unix.Access(link.VhostVsock, unix.R_OK|unix.W_OK) == nil {
+		c.Detail = "vsock, through " + link.VhostVsock
+	} else {
+		c.Detail = "virtio-serial: " + link.VhostVsock + " cannot be used"
+	}
+	return c
+}
