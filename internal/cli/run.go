@@ -98,6 +98,9 @@ func (f *runFlags) complete(argv []string) (sandbox.Cmd, error) {
 			return cmd, bad("disk", err)
 		}
 	}
+	if f.opts.Pids < 1 {
+		return cmd, bad("pids", errors.New("at least 1 process is needed"))
+	}
 	if f.timeout < 0 {
 		return cmd, bad("timeout", fmt.Errorf("%v is negative", f.timeout))
 	}

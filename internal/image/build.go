@@ -166,7 +166,7 @@ func (s *Store) prepare(ctx context.Context, mode string, room *workspace, opts 
 	}
 	return &bootstrap{
 		mode: mode, suite: suite, sources: sources, packages: opts.Packages, epoch: epoch,
-		dir: room.tmp, options: options, progress: opts.Progress,
+		dir: room.tmp, options: options, lock: room.lock, progress: opts.Progress,
 	}, nil
 }
 

@@ -29,6 +29,7 @@ type bootstrap struct {
 	epoch    time.Time
 	dir      string // for its temporary files
 	options  string // a file of apt's options
+	lock     *os.File
 	progress func(string)
 }
 
@@ -47,6 +48,9 @@ func (b *bootstrap) run(ctx context.Context, out io.Writer) error {
 	// may have a password.
 	cmd.Stdin = strings.NewReader(strings.Join(b.sources, "\n") + "\n")
 	cmd.Stdout = out
+	// If we are killed, it goes on for a while. As long as any of its programs
+	// has the lock open, the workspace is not taken for a leftover.
+	cmd.ExtraFiles = []*os.File{b.lock}
 	said := &tail{line: b.step}
 	cmd.Stderr = said
 	err := cmd.Run()

@@ -36,7 +36,7 @@ func (t *tree) fixPyc(name string, body io.Reader) (io.Reader, error) {
 	if err != nil {
 		return nil, err
 	}
-	source, ok := t.entries[pycSource(name)]
+	source, ok := t.follow(pycSource(name))
 	flags := binary.LittleEndian.Uint32(head[4:])
 	if ok && source.kind == tar.TypeReg && string(head[2:4]) == "\r\n" {
 		mtime := uint32(t.clamp(source.mtime))

@@ -37,7 +37,8 @@ type entry struct {
 	kind     byte // tar type
 	size     int64
 	mtime    int64
-	implicit bool // a directory that something lies in, without an entry of its own so far
+	link     string // where a symbolic link goes
+	implicit bool   // a directory that something lies in, without an entry of its own so far
 }
 
 // tree is what an archive holds, without the contents.
@@ -103,8 +104,30 @@ func (t *tree) add(hdr *tar.Header) error {
 			return fmt.Errorf("hard link to the directory %q", hdr.Linkname)
 		}
 	}
-	t.entries[name] = entry{kind: hdr.Typeflag, size: hdr.Size, mtime: hdr.ModTime.Unix()}
+	e := entry{kind: hdr.Typeflag, size: hdr.Size, mtime: hdr.ModTime.Unix()}
+	if e.kind == tar.TypeSymlink {
+		e.link = hdr.Linkname
+	}
+	t.entries[name] = e
 	return nil
+}
+
+// follow is the entry that name stands for after symbolic links; links among
+// its parents are not followed.
+func (t *tree) follow(name string) (entry, bool) {
+	for range 8 {
+		e, ok := t.entries[name]
+		if !ok || e.kind != tar.TypeSymlink {
+			return e, ok
+		}
+		if path.IsAbs(e.link) {
+			name = path.Clean(e.link)
+		} else {
+			name = path.Join("/", path.Dir(name), e.link)
+		}
+		name = name[1:]
+	}
+	return entry{}, false
 }
 
 // walk calls visit for every entry, with a header that has been checked and

@@ -19,7 +19,7 @@ import (
 type workspace struct {
 	dir  string   // in the store
 	tmp  string   // for mmdebstrap; not always in the store
-	lock *os.File // held
+	lock *os.File // held, by us and by mmdebstrap
 }
 
 const (

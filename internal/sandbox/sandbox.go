@@ -79,7 +79,7 @@ func (h *Host) Create(ctx context.Context, opts Options) (*Sandbox, error) {
 	s := &Sandbox{id: newID()}
 	b := &builder{host: h, opts: &opts, s: s, last: time.Now()}
 	defer b.stack.Run()
-	for _, step := range []struct {
+	steps := []struct {
 		name string
 		run  func(context.Context) error
 	}{
@@ -89,7 +89,11 @@ func (h *Host) Create(ctx context.Context, opts Options) (*Sandbox, error) {
 		{"driver", b.chooseDriver},
 		{"vmm", b.startMachine},
 		{"boot", b.waitForGuest},
-	} {
+	}
+	if opts.Kernel != "" { // refused, if it must be, before an image is built
+		steps[1], steps[2] = steps[2], steps[1]
+	}
+	for _, step := range steps {
 		if err := ctx.Err(); err != nil {
 			return nil, context.Cause(ctx)
 		}
