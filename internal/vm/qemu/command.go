@@ -84,6 +84,7 @@ func cmdline(spec *vm.Spec, tscKHz int, vs vsockAddr) string {
 		"panic=-1", "reboot=t", // with -no-reboot: QEMU ends at once
 		"rdinit=/init",
 		"random.trust_cpu=on",
+		"cryptomgr.notests", // the kernel testing its own ciphers takes a quarter of a second under emulation
 	}
 	if spec.Accel == vm.TCG {
 		// Without it the kernel calibrates its clock against an emulated timer

@@ -1,6 +1,7 @@
 package qemu
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -12,9 +13,17 @@ import (
 	"github.com/ironclaw-run/ironclaw/internal/vm"
 )
 
-// kvmDeadline bounds the boot that proves KVM. With it a boot takes well under
-// a second, or some seconds inside another emulated machine.
-const kvmDeadline = 10 * time.Second
+// kvmDeadline bounds the boot that proves KVM. With it a boot takes well under a
+// second, or some seconds inside another emulated machine. Where the processor
+// shows no virtualisation at all, KVM is one of a kind that boots no ordinary
+// kernel, or soon shows that it does.
+func kvmDeadline() time.Duration {
+	cpuinfo, err := os.ReadFile("/proc/cpuinfo")
+	if err == nil && !bytes.Contains(cpuinfo, []byte(" vmx")) && !bytes.Contains(cpuinfo, []byte(" svm")) {
+		return 4 * time.Second
+	}
+	return 20 * time.Second
+}
 
 // ProveKVM boots the machine of spec with KVM and lets greet talk to its guest.
 // The verdict is kept until the host reboots, or kernel or QEMU change. An error
@@ -60,8 +69,9 @@ func (d *Driver) kvmKey(kernel string) (string, error) {
 
 func (d *Driver) tryKVM(ctx context.Context, spec vm.Spec, greet func(context.Context, vm.Machine) error) (Verdict, error) {
 	begun := time.Now()
-	tryCtx, cancel := context.WithTimeoutCause(ctx, kvmDeadline,
-		fmt.Errorf("a machine started with it and did not boot within %v", kvmDeadline))
+	limit := kvmDeadline()
+	tryCtx, cancel := context.WithTimeoutCause(ctx, limit,
+		fmt.Errorf("a machine started with it and did not boot within %v", limit))
 	defer cancel()
 	m, err := d.Start(tryCtx, spec)
 	if err == nil {

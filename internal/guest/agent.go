@@ -1,0 +1,217 @@
+package guest
+
+import (
+	"crypto/subtle"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strconv"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ironclaw-run/ironclaw/internal/guestrpc"
+	"github.com/ironclaw-run/ironclaw/internal/link"
+)
+
+const (
+	headerTimeout = 30 * time.Second // from a stream's start to its whole header
+	ackTimeout    = 10 * time.Second // from the last frame to the host's answer
+	maxExecs      = 256              // commands at once; each has buffers and a thread
+)
+
+// Agent serves the operations of package guestrpc.
+type Agent struct {
+	// setUp does what hello asks for. It is called once, before anything runs.
+	setUp func(*guestrpc.Hello) error
+	// jobs confines commands. Only tests, which run on a host they must not
+	// change, leave it nil.
+	jobs  *jobs
+	users userFiles
+	times guestrpc.Timings
+
+	secret []byte // set by hello, before the port of the agent opens
+	execs  chan struct{}
+	wg     sync.WaitGroup // streams
+}
+
+func newAgent(setUp func(*guestrpc.Hello) error, j *jobs) *Agent {
+	return &Agent{setUp: setUp, jobs: j, users: systemUsers, execs: make(chan struct{}, maxExecs)}
+}
+
+// RunAgent is the agent's process. args are those that PID 1 gives it. It
+// returns when the link has ended.
+func RunAgent(args []string) error {
+	spec, times, err := parseAgentArgs(args)
+	if err != nil {
+		return err
+	}
+	unix.CloseOnExec(overlayFD)
+	unix.Umask(0o022)
+	j, err := newJobs(cgroupRoot)
+	if err != nil {
+		return fmt.Errorf("set up the commands' cgroup: %w", err)
+	}
+	m := &machine{overlay: overlayFD, jobs: j}
+	a := newAgent(m.setUp, j)
+	a.times = times
+	l, err := spec.open()
+	if err != nil {
+		return fmt.Errorf("open the link: %w", err)
+	}
+	return a.Serve(l)
+}
+
+func parseAgentArgs(args []string) (spec linkSpec, t guestrpc.Timings, err error) {
+	if len(args) != 4 {
+		return spec, t, errors.New("the agent is started by PID 1")
+	}
+	for i, d := range []*time.Duration{&t.Init, &t.Modules, &t.Root} {
+		n, err := strconv.ParseInt(args[i+1], 10, 64)
+		if err != nil {
+			return spec, t, err
+		}
+		*d = time.Duration(n)
+	}
+	spec, err = parseLink(args[0])
+	return spec, t, err
+}
+
+// Serve says hello, then serves the host's streams until the link ends. It owns
+// l, and returns when every stream has ended.
+func (a *Agent) Serve(l link.Guest) error {
+	defer a.wg.Wait()
+	defer l.Close()
+	hello, err := l.Listen(guestrpc.PortHello)
+	if err != nil {
+		return err
+	}
+	a.times.Agent = sinceBoot()
+	conn, err := hello.Accept()
+	if err != nil {
+		return fmt.Errorf("wait for hello: %w", err)
+	}
+	streams, err := a.hello(conn, l)
+	if err != nil {
+		return fmt.Errorf("hello: %w", err)
+	}
+	a.wg.Go(func() { a.accept(hello, a.refuse) })
+	return a.accept(streams, a.serve)
+}
+
+// accept runs serve for every stream until the link ends.
+func (a *Agent) accept(l net.Listener, serve func(net.Conn, *guestrpc.Stream) error) error {
+	for {
+		conn, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		a.wg.Go(func() { serveStream(conn, serve) })
+	}
+}
+
+// serveStream runs one stream. What serve returns is told to the host.
+func serveStream(conn net.Conn, serve func(net.Conn, *guestrpc.Stream) error) {
+	defer conn.Close()
+	st := guestrpc.NewStream(conn)
+	if err := guarded(func() error { return serve(conn, st) }); err != nil {
+		sendError(conn, st, err)
+	}
+}
+
+// guarded turns a panic into an error: one stream must not end the others, and
+// the host has to see that it happened.
+func guarded(f func() error) (err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			fmt.Fprintf(os.Stderr, "ironclaw-init: agent: panic: %v\n", r)
+			err = guestrpc.Errorf(guestrpc.CodeInternal, "the agent panicked: %v", r)
+		}
+	}()
+	return f()
+}
+
+// serve serves a stream of the agent's port.
+func (a *Agent) serve(conn net.Conn, st *guestrpc.Stream) error {
+	h, err := readHeader(conn, st)
+	if err != nil {
+		return err
+	}
+	if subtle.ConstantTimeCompare(h.Secret, a.secret) != 1 {
+		return guestrpc.Errorf(guestrpc.CodeDenied, "wrong secret")
+	}
+	switch {
+	case h.Op == guestrpc.OpPing:
+		return ping(st)
+	case h.Op == guestrpc.OpExec && h.Exec != nil:
+		return a.exec(conn, st, h.Exec)
+	}
+	return guestrpc.Errorf(guestrpc.CodeBadRequest, "no operation %q here", h.Op)
+}
+
+// refuse answers a second hello.
+func (a *Agent) refuse(conn net.Conn, st *guestrpc.Stream) error {
+	if _, err := readHeader(conn, st); err != nil {
+		return err
+	}
+	return guestrpc.Errorf(guestrpc.CodeDenied, "hello has been said")
+}
+
+func readHeader(conn net.Conn, st *guestrpc.Stream) (*guestrpc.Header, error) {
+	conn.SetReadDeadline(time.Now().Add(headerTimeout))
+	defer conn.SetReadDeadline(time.Time{})
+	return st.ReadHeader()
+}
+
+func ping(st *guestrpc.Stream) error {
+	for {
+		f, err := st.ReadFrame()
+		switch {
+		case err != nil:
+			return err
+		case f.Type != guestrpc.FrameData:
+			return guestrpc.Errorf(guestrpc.CodeBadRequest, "frame of type %d in a ping", f.Type)
+		case len(f.Payload) == 0:
+			return nil
+		}
+		if err := st.WriteFrame(guestrpc.FrameData, f.Payload); err != nil {
+			return err
+		}
+	}
+}
+
+// sendError tells the host why the stream ends and waits until it knows. An
+// error of the stream itself is not told: there is nobody to hear it.
+func sendError(conn net.Conn, st *guestrpc.Stream, err error) {
+	e, ok := errors.AsType[*guestrpc.Error](err)
+	if !ok {
+		return
+	}
+	conn.SetDeadline(time.Now().Add(ackTimeout))
+	if st.WriteJSON(guestrpc.FrameError, e) == nil {
+		awaitAck(st)
+	}
+}
+
+// awaitAck reads until the host has acknowledged the last frame, has closed, or
+// the deadline that the caller has set. What else was under way is of no use.
+func awaitAck(st *guestrpc.Stream) {
+	for {
+		f, err := st.ReadFrame()
+		if err != nil || f.Type == guestrpc.FrameAck {
+			return
+		}
+	}
+}
+
+// streamError tells an error of the peer's bytes from one of the transport, by
+// which the peer has just gone.
+func streamError(err error) error {
+	if _, ok := errors.AsType[*guestrpc.Error](err); ok || err == nil {
+		return err
+	}
+	return io.EOF
+}
