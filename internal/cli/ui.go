@@ -126,7 +126,7 @@ func (u *ui) failure(err error) {
 	u.line("error: ", err.Error())
 	var exit *vm.ExitError
 	if errors.As(err, &exit) {
-		for _, l := range lastLines(exit.Console, 8) {
+		for _, l := range consoleLines(exit.Console, 8) {
 			u.line("console: ", l)
 		}
 		if exit.Stderr != "" {
@@ -138,10 +138,15 @@ func (u *ui) failure(err error) {
 	}
 }
 
-func lastLines(s string, n int) []string {
+// consoleLines picks n lines of a console's end: the first ones of a panic, which
+// tell most, otherwise the last.
+func consoleLines(s string, n int) []string {
 	lines := strings.Split(strings.TrimSpace(s), "\n")
-	if len(lines) == 1 && lines[0] == "" {
+	switch {
+	case len(lines) == 1 && lines[0] == "":
 		return nil
+	case strings.HasPrefix(lines[0], "Kernel panic"):
+		return lines[:min(n, len(lines))]
 	}
 	return lines[max(0, len(lines)-n):]
 }

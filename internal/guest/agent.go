@@ -51,9 +51,16 @@ func RunAgent(args []string) error {
 	}
 	unix.CloseOnExec(overlayFD)
 	unix.Umask(0o022)
+	if err := writeControl("/proc/self/comm", "ironclaw-agent"); err != nil { // it would be "exe"
+		return err
+	}
 	j, err := newJobs(cgroupRoot)
 	if err != nil {
 		return fmt.Errorf("set up the commands' cgroup: %w", err)
+	}
+	// Not at hello: a machine that was saved before it has this behind it.
+	if err := ensureDefaultUser(systemUsers); err != nil {
+		return fmt.Errorf("make the user %s: %w", guestrpc.DefaultUser, err)
 	}
 	m := &machine{overlay: overlayFD, jobs: j}
 	a := newAgent(m.setUp, j)

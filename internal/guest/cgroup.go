@@ -43,7 +43,11 @@ type jobs struct {
 
 // newJobs makes the group. root is where cgroup2 is mounted.
 func newJobs(root string) (*jobs, error) {
-	total, err := memTotal()
+	info, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		return nil, err
+	}
+	limit, err := commandMemory(string(info))
 	if err != nil {
 		return nil, err
 	}
@@ -52,7 +56,7 @@ func newJobs(root string) (*jobs, error) {
 		return nil, err
 	}
 	for _, c := range [][2]string{
-		{"memory.max", strconv.FormatInt(total-reserve(total), 10)},
+		{"memory.max", strconv.FormatInt(limit, 10)},
 		{"cgroup.subtree_control", "+memory"},
 	} {
 		if err := writeControl(j.dir+"/"+c[0], c[1]); err != nil {
@@ -62,20 +66,40 @@ func newJobs(root string) (*jobs, error) {
 	return j, writeControl("/proc/self/oom_score_adj", guardedScore)
 }
 
-// reserve is what commands may not have of the machine's memory.
-func reserve(total int64) int64 { return max(24<<20, total/100*6) }
-
-func memTotal() (int64, error) {
-	info, err := os.ReadFile("/proc/meminfo")
+// commandMemory is what commands may have of a machine whose /proc/meminfo is
+// this, before any of them runs: what is available, without a reserve for the
+// growth of the kernel and the agent.
+//
+// Not a share of MemTotal: of 256 MiB, 219 are MemTotal and 178 available, and a
+// limit between the two is never reached, because the machine as a whole runs
+// out first.
+func commandMemory(meminfo string) (int64, error) {
+	total, err := memField(meminfo, "MemTotal:")
 	if err != nil {
 		return 0, err
 	}
-	f := strings.Fields(string(info))
-	if len(f) < 2 || f[0] != "MemTotal:" {
-		return 0, errors.New("/proc/meminfo does not begin with MemTotal")
+	available, err := memField(meminfo, "MemAvailable:")
+	if err != nil {
+		return 0, err
 	}
-	kib, err := strconv.ParseInt(f[1], 10, 64)
-	return kib << 10, err
+	limit := available - max(minReserve, total/20)
+	if limit < minReserve {
+		return 0, fmt.Errorf("%d MiB of memory are too little", total>>20)
+	}
+	return limit, nil
+}
+
+// minReserve is for machines of which a twentieth is too little.
+const minReserve = 16 << 20
+
+func memField(meminfo, key string) (int64, error) {
+	for line := range strings.SplitSeq(meminfo, "\n") {
+		if f := strings.Fields(line); len(f) >= 2 && f[0] == key {
+			kib, err := strconv.ParseInt(f[1], 10, 64)
+			return kib << 10, err
+		}
+	}
+	return 0, fmt.Errorf("/proc/meminfo has no %s", key)
 }
 
 const (

@@ -114,7 +114,6 @@ func (m *machine) setUp(h *guestrpc.Hello) error {
 		{"set the host name", func() error { return setHostname(h.Hostname) }},
 		{"set the size of the overlay", func() error { return m.resizeOverlay(h.Overlay) }},
 		{"limit processes", func() error { return m.jobs.limitPids(h.Pids) }},
-		{"make the user " + guestrpc.DefaultUser, func() error { return ensureDefaultUser(systemUsers) }},
 	} {
 		if err := s.do(); err != nil {
 			return fmt.Errorf("%s: %w", s.what, err)

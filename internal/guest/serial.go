@@ -120,8 +120,8 @@ func (p *serialPort) Read(b []byte) (int, error) {
 		return rerr != unix.EAGAIN && (n > 0 || rerr != nil || p.started)
 	})
 	switch {
-	case err != nil:
-		return 0, err
+	case err != nil: // there are no deadlines: it is closed
+		return 0, os.ErrClosed
 	case rerr != nil:
 		return 0, os.NewSyscallError("read", rerr)
 	case n == 0:

@@ -3,6 +3,7 @@ package guest
 import (
 	"errors"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -180,6 +181,9 @@ func ensureDefaultUser(f userFiles) error {
 	}
 	groups, err := readOptional(f.group)
 	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(f.passwd), 0o755); err != nil {
 		return err
 	}
 	entry := guestrpc.DefaultUser + ":x:1000:1000::" + agentHome + ":/bin/sh"

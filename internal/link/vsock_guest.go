@@ -152,10 +152,8 @@ func (l *vsockListener) Accept() (net.Conn, error) {
 		}
 	})
 	switch {
-	case errors.Is(err, os.ErrClosed):
+	case err != nil: // a listener has no deadline: it is closed
 		return nil, net.ErrClosed
-	case err != nil:
-		return nil, err
 	case aerr != nil:
 		return nil, os.NewSyscallError("accept", aerr)
 	}
@@ -225,7 +223,7 @@ func connectVsock(f *os.File, port uint32) error {
 		return cerr != unix.ENOTCONN
 	})
 	if err != nil {
-		return err
+		return net.ErrClosed
 	}
 	return cerr
 }

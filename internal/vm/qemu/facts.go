@@ -104,6 +104,10 @@ func (f *facts) version(ctx context.Context, path string) (string, error) {
 
 // fingerprint changes when a file is replaced or written.
 func fingerprint(path string) (string, error) {
+	path, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return "", err
+	}
 	st, err := os.Stat(path)
 	if err != nil {
 		return "", err

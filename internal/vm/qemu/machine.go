@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -60,7 +61,7 @@ func (m *machine) finish() {
 	default:
 		m.err = &vm.ExitError{
 			Reason:  cmp.Or(broken, m.reason()),
-			Console: vm.Printable(m.console.tail(2048)),
+			Console: m.lastWords(),
 			Stderr:  vm.Printable(m.stderr.tail(2048)),
 		}
 	}
@@ -100,12 +101,26 @@ func (m *machine) watch() (broken string) {
 // end before it is helped along.
 const exitGrace = 5 * time.Second
 
+// panicMark is how Linux begins to say that it panics.
+const panicMark = "Kernel panic - not syncing:"
+
+// lastWords is what the console printed last, from a panic on if there was one.
+func (m *machine) lastWords() string {
+	all := m.console.tail(64 << 10)
+	if i := bytes.Index(all, []byte(panicMark)); i >= 0 {
+		return vm.Printable(all[i:min(len(all), i+2048)])
+	}
+	return vm.Printable(m.console.tail(2048))
+}
+
 // reason says in words why the process ended. A VMM's exit code tells nothing
 // about its guest: after a panic it is 0.
 func (m *machine) reason() string {
+	if _, after, ok := bytes.Cut(m.console.tail(64<<10), []byte(panicMark)); ok {
+		line, _, _ := bytes.Cut(after, []byte("\n"))
+		return strings.TrimRight("the guest's kernel panicked: "+strings.TrimSpace(vm.Printable(line)), ": ")
+	}
 	switch {
-	case bytes.Contains(m.console.tail(64<<10), []byte("Kernel panic - not syncing")):
-		return "the guest's kernel panicked"
 	case m.qmp.shutdownReason() == "guest-reset", m.qmp.shutdownReason() == "guest-shutdown":
 		return "the guest shut down"
 	case m.qmp.shutdownReason() != "":

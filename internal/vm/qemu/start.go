@@ -44,20 +44,23 @@ func (d *Driver) Start(ctx context.Context, spec vm.Spec) (vm.Machine, error) {
 	}
 	m.qmp = newQMP(qmpConn)
 	stack.Add(m.qmp.close)
-	defer qmpFile.Close()
 
 	linkFile, vs, err := m.openLink(&spec)
 	if err != nil {
+		qmpFile.Close()
 		return nil, err
 	}
 	stack.Add(func() { m.link.Close() })
-	if spec.Link == vm.LinkSerial {
-		defer linkFile.Close() // QEMU has its own; the vsock device stays the link's
-	}
 
 	args := command(&spec, d.tscFor(&spec), vs)
 	m.info.Command = append([]string{d.program}, args...)
-	if err := m.startProcess(d.program, args, qmpFile, linkFile); err != nil {
+	err = m.startProcess(d.program, args, qmpFile, linkFile)
+	// QEMU has its own now. With ours open we would not see that it closes them.
+	qmpFile.Close()
+	if spec.Link == vm.LinkSerial {
+		linkFile.Close() // the vsock device stays the link's
+	}
+	if err != nil {
 		return nil, fmt.Errorf("start %s: %w", d.program, err)
 	}
 	stack.Add(func() { m.kill(); <-m.exited })
@@ -134,6 +137,8 @@ func (m *machine) handshake(ctx context.Context) error {
 	select {
 	case <-m.qmp.ready:
 	case <-m.qmp.done:
+		return m.diedAtStart(ctx)
+	case <-m.exited:
 		return m.diedAtStart(ctx)
 	case <-ctx.Done():
 		return fmt.Errorf("start QEMU: %w", context.Cause(ctx))
