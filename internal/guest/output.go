@@ -33,9 +33,13 @@ func (o *output) copy() error {
 			}
 		}
 		switch {
-		case errors.Is(err, os.ErrDeadlineExceeded):
+		case err == nil:
+		case o.tty, errors.Is(err, os.ErrDeadlineExceeded):
+			// A terminal that nobody has open gives EIO, and may give it too
+			// early: the kernel looks for data first and for others second, and
+			// the last one may write and close between the two.
 			return o.rest(buf)
-		case err != nil: // io.EOF; EIO from a terminal that nobody has open
+		default: // io.EOF
 			return nil
 		}
 	}

@@ -84,15 +84,22 @@ func findSerial(class string) string {
 
 // serialPort is a virtio-serial port as a stream.
 //
-// A read of a port whose other end nobody holds gives end of file, at once. A
-// host that has not connected yet, or that restores a snapshot and connects
-// then, must not look like one that has gone: until the first byte, end of file
-// means "not yet".
+// A read of a port whose other end nobody holds gives end of file, at once. Two
+// things look like that and are not the end:
+//
+//   - A host that has not connected yet, or that restores a snapshot and
+//     connects then. Until the first byte, end of file means "not yet".
+//   - A host that has just connected. The driver hears of that by another queue
+//     than that of the bytes, which may come first. So the end is believed only
+//     if it lasts.
 type serialPort struct {
 	f       *os.File
 	raw     syscall.RawConn
 	started bool // a byte has been read; used by the one reader only
 }
+
+// hostGrace is how long nobody must hold the other end for the host to be gone.
+const hostGrace = time.Second
 
 var _ io.ReadWriteCloser = (*serialPort)(nil)
 
@@ -106,29 +113,59 @@ func newSerialPort(f *os.File) (*serialPort, error) {
 }
 
 func (p *serialPort) Read(b []byte) (int, error) {
-	var n int
+	for {
+		n, err := p.read(b, p.started)
+		if n > 0 {
+			p.started = true
+		}
+		if n > 0 || err != nil {
+			return n, err
+		}
+		p.f.SetReadDeadline(time.Now().Add(hostGrace))
+		n, err = p.read(b, false)
+		p.f.SetReadDeadline(time.Time{})
+		switch {
+		case !errors.Is(err, os.ErrDeadlineExceeded):
+			return n, err
+		case p.hungUp():
+			return 0, io.EOF
+		}
+	}
+}
+
+// read reads what is there or comes. At an end of file it returns 0 if it may,
+// and waits otherwise: the poller tells of the next byte.
+func (p *serialPort) read(b []byte, mayEnd bool) (n int, err error) {
 	var rerr error
-	err := p.raw.Read(func(fd uintptr) bool {
+	err = p.raw.Read(func(fd uintptr) bool {
 		for {
 			n, rerr = unix.Read(int(fd), b)
 			if rerr != unix.EINTR {
 				break
 			}
 		}
-		// The poller is edge-triggered: connecting alone wakes nobody up, the
-		// first byte does.
-		return rerr != unix.EAGAIN && (n > 0 || rerr != nil || p.started)
+		return n > 0 || rerr != unix.EAGAIN && (rerr != nil || mayEnd)
 	})
 	switch {
-	case err != nil: // there are no deadlines: it is closed
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return 0, err
+	case err != nil: // package poll's own error, for a file that is closed
 		return 0, os.ErrClosed
 	case rerr != nil:
 		return 0, os.NewSyscallError("read", rerr)
-	case n == 0:
-		return 0, io.EOF
 	}
-	p.started = true
 	return n, nil
+}
+
+// hungUp reports whether nobody holds the other end.
+func (p *serialPort) hungUp() bool {
+	up := false
+	err := p.raw.Control(func(fd uintptr) {
+		poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		_, err := unix.Poll(poll, 0)
+		up = err == nil && poll[0].Revents&unix.POLLHUP == 0
+	})
+	return err != nil || !up
 }
 
 func (p *serialPort) Write(b []byte) (int, error) { return p.f.Write(b) }

@@ -14,6 +14,7 @@ package qemu
 
 import (
 	"context"
+	"debug/elf"
 	"fmt"
 	"os"
 	"os/exec"
@@ -123,6 +124,48 @@ func checkFiles(spec *vm.Spec) error {
 		case st.Size() == 0:
 			return fmt.Errorf("%s %s is empty", f.what, f.path)
 		}
+	}
+	return nil
+}
+
+// MemoryError is returned by Start for a machine too small for its kernel.
+// Booted all the same, it would hang without a word.
+type MemoryError struct{ Have, Need int64 } // bytes
+
+func (e *MemoryError) Error() string {
+	return fmt.Sprintf("%d MiB of memory are too little for this kernel, which needs %d MiB", e.Have>>20, e.Need>>20)
+}
+
+// Hint is the remedy.
+func (e *MemoryError) Hint() string {
+	return fmt.Sprintf("give the machine more memory: --memory %dM", e.Need>>20)
+}
+
+// memoryReserve is what a kernel needs beside its image and its initramfs before
+// it can say that it has too little.
+const memoryReserve = 8 << 20
+
+// checkMemory compares the machine's memory with where the kernel's segments end.
+func checkMemory(spec *vm.Spec) error {
+	f, err := elf.Open(spec.Kernel)
+	if err != nil {
+		return fmt.Errorf("kernel %s: %w", spec.Kernel, err)
+	}
+	defer f.Close()
+	var end uint64
+	for _, p := range f.Progs {
+		if p.Type == elf.PT_LOAD {
+			end = max(end, p.Paddr+p.Memsz)
+		}
+	}
+	st, err := os.Stat(spec.Initrd)
+	if err != nil {
+		return fmt.Errorf("initramfs: %w", err)
+	}
+	need := int64(min(end, 1<<40)) + st.Size() + memoryReserve
+	if spec.Memory < need {
+		const mib = 1 << 20
+		return &MemoryError{spec.Memory, (need + mib - 1) / mib * mib}
 	}
 	return nil
 }

@@ -104,6 +104,9 @@ const exitGrace = 5 * time.Second
 // panicMark is how Linux begins to say that it panics.
 const panicMark = "Kernel panic - not syncing:"
 
+// initMark is how the guest's PID 1 begins to say that it gives up.
+const initMark = "ironclaw-init: "
+
 // lastWords is what the console printed last, from a panic on if there was one.
 func (m *machine) lastWords() string {
 	all := m.console.tail(64 << 10)
@@ -119,6 +122,10 @@ func (m *machine) reason() string {
 	if _, after, ok := bytes.Cut(m.console.tail(64<<10), []byte(panicMark)); ok {
 		line, _, _ := bytes.Cut(after, []byte("\n"))
 		return strings.TrimRight("the guest's kernel panicked: "+strings.TrimSpace(vm.Printable(line)), ": ")
+	}
+	if _, after, ok := bytes.Cut(m.console.tail(64<<10), []byte(initMark)); ok {
+		line, _, _ := bytes.Cut(after, []byte("\n"))
+		return "the guest's init gave up: " + strings.TrimSpace(vm.Printable(line))
 	}
 	switch {
 	case m.qmp.shutdownReason() == "guest-reset", m.qmp.shutdownReason() == "guest-shutdown":

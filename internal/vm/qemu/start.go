@@ -27,6 +27,9 @@ func (d *Driver) Start(ctx context.Context, spec vm.Spec) (vm.Machine, error) {
 	if err := checkFiles(&spec); err != nil {
 		return nil, err
 	}
+	if err := checkMemory(&spec); err != nil {
+		return nil, err
+	}
 	var stack undo.Stack
 	defer stack.Run()
 
