@@ -19,7 +19,7 @@ import (
 
 	"github.com/ironclaw-run/ironclaw/internal/image"
 	"github.com/ironclaw-run/ironclaw/internal/kernel"
-	"github.com/ironclaw-run/ironclaw/internal/link"
+	"github.com/ironclaw-run/ironclaw/internal/link/vsock"
 	"github.com/ironclaw-run/ironclaw/internal/sandbox"
 	"github.com/ironclaw-run/ironclaw/internal/vm"
 	"github.com/ironclaw-run/ironclaw/internal/vm/qemu"
@@ -239,10 +239,10 @@ func accelerator(ctx context.Context, h *sandbox.Host, ready bool, progress func
 
 func transport() Check {
 	c := Check{Name: "link", Status: OK}
-	if unix.Access(link.VhostVsock, unix.R_OK|unix.W_OK) == nil {
-		c.Detail = "vsock, through " + link.VhostVsock
+	if unix.Access(vsock.Device, unix.R_OK|unix.W_OK) == nil {
+		c.Detail = "vsock, through " + vsock.Device
 	} else {
-		c.Detail = "virtio-serial: " + link.VhostVsock + " cannot be used"
+		c.Detail = "virtio-serial: " + vsock.Device + " cannot be used"
 	}
 	return c
 }

@@ -4,7 +4,7 @@
 // Two transports give the same thing, a [net.Conn] for each operation:
 //
 //   - AF_VSOCK, where the host has /dev/vhost-vsock. Each stream is a socket of
-//     its own ([ListenVsock] on the host, [GuestVsock] in the guest).
+//     its own (package link/vsock on the host, [GuestVsock] in the guest).
 //   - A virtio-serial port, which works everywhere and survives a snapshot. One
 //     byte stream, on which [Mux] runs many.
 //

@@ -34,7 +34,8 @@ type muxConn struct {
 	inOff      int    // in[:inOff] has been read
 	granted    int    // what the peer may still send
 	owed       int    // read by the caller, not yet returned as credit
-	out        []byte // written by the caller and not yet sent
+	out        []byte // written by the caller
+	outOff     int    // out[:outOff] has been sent
 	credit     int    // what may still be sent
 	readable   chan struct{}
 	writable   chan struct{}
@@ -73,7 +74,7 @@ func (c *muxConn) wake() {
 // sendable reports whether the sender has something to do for c. m.mu is held.
 func (c *muxConn) sendable() bool {
 	return c.wantOpen || c.wantOpened || c.isOpen && (c.owesCredit() || c.mayClose() ||
-		len(c.out) > 0 && c.credit > 0 && !c.peerClosed)
+		c.unsent() > 0 && c.credit > 0 && !c.peerClosed)
 }
 
 func (c *muxConn) owesCredit() bool {
@@ -81,7 +82,12 @@ func (c *muxConn) owesCredit() bool {
 }
 
 func (c *muxConn) mayClose() bool {
-	return c.wantClose && (len(c.out) == 0 || c.peerClosed)
+	return c.wantClose && (c.unsent() == 0 || c.peerClosed)
+}
+
+// unsent is how much has been written and not yet sent.
+func (c *muxConn) unsent() int {
+	return len(c.out) - c.outOff
 }
 
 // appendFrames adds what c has to send, at most one frame of data. m.mu is held.
@@ -104,10 +110,10 @@ func (c *muxConn) appendFrames(b []byte) []byte {
 		c.granted += c.owed
 		c.owed = 0
 	}
-	if n := min(len(c.out), c.credit, maxData); n > 0 && !c.peerClosed {
+	if n := min(c.unsent(), c.credit, maxData); n > 0 && !c.peerClosed {
 		b = appendHeader(b, frameData, n, c.id)
-		b = append(b, c.out[:n]...)
-		c.out = c.out[:copy(c.out, c.out[n:])]
+		b = append(b, c.out[c.outOff:c.outOff+n]...)
+		c.outOff += n
 		c.credit -= n
 		signal(c.writable)
 	}
@@ -151,15 +157,21 @@ func (c *muxConn) handleData(p []byte) error {
 	if c.closed {
 		return nil // crossed our close
 	}
-	if c.inOff == len(c.in) {
-		c.in, c.inOff = c.in[:0], 0
-	}
-	if len(c.in)+len(p) > cap(c.in) && c.inOff > 0 {
-		c.in, c.inOff = c.in[:copy(c.in, c.in[c.inOff:])], 0
-	}
-	c.in = append(c.in, p...)
+	c.in, c.inOff = appendKeeping(c.in, c.inOff, p)
 	signal(c.readable)
 	return nil
+}
+
+// appendKeeping appends p to what is still wanted of buf, which is buf[off:]. It
+// moves that to the front only where there is no room behind it.
+func appendKeeping(buf []byte, off int, p []byte) ([]byte, int) {
+	if off == len(buf) {
+		buf, off = buf[:0], 0
+	}
+	if len(buf)+len(p) > cap(buf) && off > 0 {
+		buf, off = buf[:copy(buf, buf[off:])], 0
+	}
+	return append(buf, p...), off
 }
 
 func (c *muxConn) handleCredit(n uint32) error {
@@ -175,7 +187,7 @@ func (c *muxConn) handleCredit(n uint32) error {
 
 func (c *muxConn) handleClose() {
 	c.peerClosed = true
-	c.out = nil
+	c.out, c.outOff = nil, 0
 	c.wake()
 	if c.sendable() {
 		c.m.enqueue(c)
@@ -259,8 +271,8 @@ func (c *muxConn) tryWrite(p []byte) (int, error) {
 	case c.peerClosed:
 		return 0, c.opError("write", syscall.EPIPE)
 	}
-	n := min(len(p), sendBuffer-len(c.out))
-	c.out = append(c.out, p[:n]...)
+	n := min(len(p), sendBuffer-c.unsent())
+	c.out, c.outOff = appendKeeping(c.out, c.outOff, p[:n])
 	if c.sendable() {
 		c.m.enqueue(c)
 	}

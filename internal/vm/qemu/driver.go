@@ -22,7 +22,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/ironclaw-run/ironclaw/internal/link"
+	"github.com/ironclaw-run/ironclaw/internal/link/vsock"
 	"github.com/ironclaw-run/ironclaw/internal/vm"
 )
 
@@ -82,7 +82,7 @@ func (d *Driver) Features() vm.Features {
 		Accels:  []vm.Accel{vm.KVM, vm.TCG},
 		Links:   []vm.Link{vm.LinkSerial},
 	}
-	if unix.Access(link.VhostVsock, unix.R_OK|unix.W_OK) == nil {
+	if unix.Access(vsock.Device, unix.R_OK|unix.W_OK) == nil {
 		f.Links = []vm.Link{vm.LinkVsock, vm.LinkSerial}
 	}
 	return f

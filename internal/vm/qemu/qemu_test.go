@@ -14,7 +14,7 @@ import (
 	"github.com/ironclaw-run/ironclaw/internal/guestrpc"
 	"github.com/ironclaw-run/ironclaw/internal/image"
 	"github.com/ironclaw-run/ironclaw/internal/kernel"
-	"github.com/ironclaw-run/ironclaw/internal/link"
+	"github.com/ironclaw-run/ironclaw/internal/link/vsock"
 	"github.com/ironclaw-run/ironclaw/internal/sandbox"
 	"github.com/ironclaw-run/ironclaw/internal/testenv"
 	"github.com/ironclaw-run/ironclaw/internal/vm"
@@ -81,7 +81,7 @@ func TestDriverSerialTCG(t *testing.T) {
 
 func TestDriverVsockTCG(t *testing.T) {
 	testenv.NeedVM(t)
-	testenv.NeedDevice(t, link.VhostVsock, "sudo modprobe vhost_vsock, and be root or in group kvm")
+	testenv.NeedDevice(t, vsock.Device, "sudo modprobe vhost_vsock, and be root or in group kvm")
 	suite(t, vm.LinkVsock, vm.TCG)
 }
 
@@ -115,7 +115,7 @@ func TestDriverSerialKVM(t *testing.T) {
 
 func TestDriverVsockKVM(t *testing.T) {
 	kvm(t)
-	testenv.NeedDevice(t, link.VhostVsock, "sudo modprobe vhost_vsock, and be root or in group kvm")
+	testenv.NeedDevice(t, vsock.Device, "sudo modprobe vhost_vsock, and be root or in group kvm")
 	suite(t, vm.LinkVsock, vm.KVM)
 }
 

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ironclaw-run/ironclaw/internal/link"
+	"github.com/ironclaw-run/ironclaw/internal/link/vsock"
 	"github.com/ironclaw-run/ironclaw/internal/undo"
 	"github.com/ironclaw-run/ironclaw/internal/vm"
 )
@@ -87,12 +88,12 @@ func (d *Driver) tscFor(spec *vm.Spec) int {
 // openLink makes the host's end of the link and the descriptor for QEMU's.
 func (m *machine) openLink(spec *vm.Spec) (*os.File, vsockAddr, error) {
 	if spec.Link == vm.LinkVsock {
-		v, err := link.ListenVsock()
+		v, err := vsock.Listen()
 		if err != nil {
 			return nil, vsockAddr{}, fmt.Errorf("link: %w", err)
 		}
 		m.link = v
-		return v.Device(), vsockAddr{v.CID(), v.Port()}, nil
+		return v.File(), vsockAddr{v.CID(), v.Port()}, nil
 	}
 	conn, file, err := socketPair("link")
 	if err != nil {

@@ -1,4 +1,7 @@
-package link
+// Package vsock is the host's end of an AF_VSOCK link to one guest. It stands
+// apart from package link because the guest, which imports that one, shall not
+// carry it.
+package vsock
 
 import (
 	"context"
@@ -12,27 +15,29 @@ import (
 	"syscall"
 	"unsafe"
 
-	"github.com/mdlayher/vsock"
+	mdlayher "github.com/mdlayher/vsock"
 	"golang.org/x/sys/unix"
+
+	"github.com/ironclaw-run/ironclaw/internal/link"
 )
 
-// VhostVsock is the device through which the host's kernel gives a guest its
+// Device is the device through which the host's kernel gives a guest its
 // AF_VSOCK address.
-const VhostVsock = "/dev/vhost-vsock"
+const Device = "/dev/vhost-vsock"
 
 // vhostVsockSetGuestCID is VHOST_VSOCK_SET_GUEST_CID of linux/vhost.h,
 // _IOW(0xAF, 0x60, __u64).
 const vhostVsockSetGuestCID = 0x4008af60
 
-// Vsock is the host's end of an AF_VSOCK link to one guest.
+// Link is the host's end of the link to one guest.
 //
 // The guest dials out once, to say that it is there; that connection is what
-// Dial gives for HelloPort: there the guest dials, not the host. The kernel vouches for the peer's address, so
+// Dial gives for link.HelloPort: there the guest dials, not the host. The kernel vouches for the peer's address, so
 // no other guest can take its place.
-type Vsock struct {
+type Link struct {
 	cid    uint32
 	device *os.File
-	listen *vsock.Listener
+	listen *mdlayher.Listener
 	hello  chan net.Conn // the guest's call
 	done   chan struct{}
 	once   sync.Once
@@ -42,12 +47,12 @@ type Vsock struct {
 	conns map[net.Conn]struct{}
 }
 
-var _ Host = (*Vsock)(nil)
+var _ link.Host = (*Link)(nil)
 
-// ListenVsock reserves a guest address of the host's kernel and waits for the
+// Listen reserves a guest address of the host's kernel and waits for the
 // guest that will have it. It needs access to /dev/vhost-vsock.
-func ListenVsock() (*Vsock, error) {
-	device, err := os.OpenFile(VhostVsock, os.O_RDWR, 0)
+func Listen() (*Link, error) {
+	device, err := os.OpenFile(Device, os.O_RDWR, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -56,12 +61,12 @@ func ListenVsock() (*Vsock, error) {
 		device.Close()
 		return nil, fmt.Errorf("reserve a vsock address: %w", err)
 	}
-	l, err := vsock.ListenContextID(unix.VMADDR_CID_ANY, unix.VMADDR_PORT_ANY, nil)
+	l, err := mdlayher.ListenContextID(unix.VMADDR_CID_ANY, unix.VMADDR_PORT_ANY, nil)
 	if err != nil {
 		device.Close()
 		return nil, fmt.Errorf("listen on vsock: %w", err)
 	}
-	v := &Vsock{
+	v := &Link{
 		cid: cid, device: device, listen: l,
 		hello: make(chan net.Conn, 1),
 		done:  make(chan struct{}),
@@ -89,25 +94,25 @@ func reserveCID(device *os.File) (uint32, error) {
 }
 
 // CID is the guest's address.
-func (v *Vsock) CID() uint32 { return v.cid }
+func (v *Link) CID() uint32 { return v.cid }
 
 // Port is where the guest must dial.
-func (v *Vsock) Port() uint32 { return v.listen.Addr().(*vsock.Addr).Port }
+func (v *Link) Port() uint32 { return v.listen.Addr().(*mdlayher.Addr).Port }
 
-// Device is the open /dev/vhost-vsock on which the address is reserved, to be
-// given to the VMM. It stays the Vsock's.
-func (v *Vsock) Device() *os.File { return v.device }
+// File is the open /dev/vhost-vsock on which the address is reserved, to be
+// given to the VMM. It stays the Link's.
+func (v *Link) File() *os.File { return v.device }
 
 // accept waits for the one call that comes from our guest and hangs up on
 // everything else: other guests and other users of the host can dial the port.
-func (v *Vsock) accept() {
+func (v *Link) accept() {
 	defer v.listen.Close()
 	for {
 		c, err := v.listen.Accept()
 		if err != nil {
 			return
 		}
-		if a, ok := c.RemoteAddr().(*vsock.Addr); ok && a.ContextID == v.cid {
+		if a, ok := c.RemoteAddr().(*mdlayher.Addr); ok && a.ContextID == v.cid {
 			v.hello <- c
 			return
 		}
@@ -117,20 +122,20 @@ func (v *Vsock) accept() {
 
 // Dial opens a stream to the guest. On the hello port it waits for the guest's
 // call, which comes once.
-func (v *Vsock) Dial(ctx context.Context, port uint32) (net.Conn, error) {
-	if port == HelloPort {
+func (v *Link) Dial(ctx context.Context, port uint32) (net.Conn, error) {
+	if port == link.HelloPort {
 		select {
 		case c := <-v.hello:
 			return v.own(c)
 		case <-v.done:
-			return nil, ErrClosed
+			return nil, link.ErrClosed
 		case <-ctx.Done():
 			return nil, fmt.Errorf("wait for the guest's call: %w", context.Cause(ctx))
 		}
 	}
-	c, err := vsock.DialContext(ctx, v.cid, port, nil)
+	c, err := mdlayher.DialContext(ctx, v.cid, port, nil)
 	if errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.ECONNREFUSED) {
-		return nil, fmt.Errorf("dial port %d: %w", port, ErrRefused)
+		return nil, fmt.Errorf("dial port %d: %w", port, link.ErrRefused)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("dial port %d: %w", port, err)
@@ -138,13 +143,22 @@ func (v *Vsock) Dial(ctx context.Context, port uint32) (net.Conn, error) {
 	return v.own(c)
 }
 
+func (v *Link) closed() bool {
+	select {
+	case <-v.done:
+		return true
+	default:
+		return false
+	}
+}
+
 // own makes c end with the link.
-func (v *Vsock) own(c net.Conn) (net.Conn, error) {
+func (v *Link) own(c net.Conn) (net.Conn, error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if isClosed(v.done) {
+	if v.closed() {
 		c.Close()
-		return nil, ErrClosed
+		return nil, link.ErrClosed
 	}
 	v.conns[c] = struct{}{}
 	return &ownedConn{Conn: c, v: v}, nil
@@ -152,7 +166,7 @@ func (v *Vsock) own(c net.Conn) (net.Conn, error) {
 
 type ownedConn struct {
 	net.Conn
-	v *Vsock
+	v *Link
 }
 
 func (c *ownedConn) Close() error {
@@ -163,7 +177,7 @@ func (c *ownedConn) Close() error {
 }
 
 // Close gives the address back and ends every stream.
-func (v *Vsock) Close() error {
+func (v *Link) Close() error {
 	v.once.Do(func() {
 		v.mu.Lock()
 		close(v.done)
