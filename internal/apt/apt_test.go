@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ironclaw-run/ironclaw/internal/testenv"
+
 	"github.com/ironclaw-run/ironclaw/internal/apt/apttest"
 )
 
@@ -262,9 +264,7 @@ func TestTail(t *testing.T) {
 
 // TestDistribution asks the distribution itself.
 func TestDistribution(t *testing.T) {
-	if os.Getenv("IRONCLAW_TEST_NET") != "1" {
-		t.Skip("needs the network: set IRONCLAW_TEST_NET=1 on a Debian or Ubuntu host")
-	}
+	testenv.NeedNet(t)
 	a := New(filepath.Join(t.TempDir(), "apt"))
 	if err := a.Update(t.Context()); err != nil {
 		t.Fatal(err)

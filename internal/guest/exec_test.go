@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ironclaw-run/ironclaw/internal/testenv"
+
 	"golang.org/x/sys/unix"
 
 	"github.com/ironclaw-run/ironclaw/internal/guestrpc"
@@ -455,9 +457,7 @@ func TestProcessIsClean(t *testing.T) {
 
 // Only root can be somebody else.
 func TestOtherUser(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("not root; run the tests as root")
-	}
+	testenv.NeedRoot(t)
 	h := startAgent(t)
 	secret := t.TempDir()
 	if err := os.WriteFile(secret+"/x", []byte("#!/bin/sh\n"), 0o755); err != nil {

@@ -2,11 +2,14 @@ package guest
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
 	"testing"
 	"time"
+
+	"github.com/ironclaw-run/ironclaw/internal/testenv"
 
 	"golang.org/x/sys/unix"
 
@@ -21,17 +24,17 @@ func needVsockLoopback(t *testing.T) {
 	const remedy = "load vsock_loopback on a machine without another vsock transport"
 	dev, err := os.Open("/dev/vsock")
 	if err != nil {
-		t.Skipf("%v; %s", err, remedy)
+		testenv.Skip(t, err.Error()+": "+remedy)
 	}
 	defer dev.Close()
 	cid, err := unix.IoctlGetUint32(int(dev.Fd()), unix.IOCTL_VM_SOCKETS_GET_LOCAL_CID)
 	if err != nil || cid != unix.VMADDR_CID_ANY && cid != unix.VMADDR_CID_LOCAL {
-		t.Skipf("the local CID is %d (%v); %s", cid, err, remedy)
+		testenv.Skip(t, fmt.Sprintf("the local CID is %d (%v): %s", cid, err, remedy))
 	}
 	fd := vsockSocket(t)
 	defer unix.Close(fd)
 	if err := unix.Bind(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_LOCAL, Port: unix.VMADDR_PORT_ANY}); err != nil {
-		t.Skipf("bind to the loopback: %v; %s", err, remedy)
+		testenv.Skip(t, fmt.Sprintf("bind to the loopback: %v: %s", err, remedy))
 	}
 }
 
@@ -39,7 +42,7 @@ func vsockSocket(t *testing.T) int {
 	t.Helper()
 	fd, err := unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		t.Skipf("open vsock socket: %v", err)
+		testenv.Skip(t, fmt.Sprintf("open vsock socket: %v: a kernel with AF_VSOCK", err))
 	}
 	return fd
 }

@@ -10,6 +10,7 @@ import (
 	"go/token"
 	"io"
 	"io/fs"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -178,4 +179,34 @@ func TestLibrariesAreSilent(t *testing.T) {
 			return true
 		})
 	})
+}
+
+// Tests skip through testenv, so that CI can forbid it (IRONCLAW_MUST_RUN).
+func TestSkipsGoThroughTestenv(t *testing.T) {
+	root := testenv.Root(t)
+	cmd := exec.CommandContext(t.Context(), "git", "grep", "--untracked", "-nE", `\bt\.Skip(f|Now)?\(`, "--", "*_test.go")
+	cmd.Dir = root
+	out, _ := cmd.Output() // fails when nothing is found
+	for line := range strings.Lines(string(out)) {
+		if !strings.HasPrefix(line, "internal/house/") {
+			t.Errorf("skips by itself: %s", strings.TrimSpace(line))
+		}
+	}
+}
+
+// A test that may not be skipped in CI, and has been renamed, would be skipped
+// for ever.
+func TestMustRunExists(t *testing.T) {
+	root := testenv.Root(t)
+	list, err := os.ReadFile(filepath.Join(root, ".ci", "must-run"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range strings.Fields(string(list)) {
+		cmd := exec.CommandContext(t.Context(), "git", "grep", "--untracked", "-qF", "func "+name+"(t *testing.T)", "--", "*_test.go")
+		cmd.Dir = root
+		if err := cmd.Run(); err != nil {
+			t.Errorf("there is no test %s", name)
+		}
+	}
 }

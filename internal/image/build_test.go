@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ironclaw-run/ironclaw/internal/testenv"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -38,7 +40,7 @@ func scriptedBootstrap(t *testing.T, script string) {
 	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
 	var lacking *PrerequisiteError
 	if _, err := prerequisites(t.Context()); errors.As(err, &lacking) {
-		t.Skipf("%v: %s", lacking, lacking.Remedy)
+		testenv.Skip(t, lacking.Cause+": "+lacking.Remedy)
 	}
 }
 

@@ -14,6 +14,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/ironclaw-run/ironclaw/internal/testenv"
 )
 
 var testEpoch = time.Unix(1700000000, 0)
@@ -132,9 +134,7 @@ func debugfs(t *testing.T, disk, request string) string {
 
 func TestConvertedFilesystem(t *testing.T) {
 	for _, tool := range []string{"debugfs", "e2fsck"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			t.Skipf("%s is not installed: sudo apt-get install -y e2fsprogs", tool)
-		}
+		testenv.NeedTool(t, tool, "e2fsprogs")
 	}
 	path := filepath.Join(t.TempDir(), "disk")
 	buildSystem(t, path)

@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ironclaw-run/ironclaw/internal/testenv"
+
 	"github.com/ironclaw-run/ironclaw/internal/apt"
 	"github.com/ironclaw-run/ironclaw/internal/image"
 )
@@ -21,9 +23,7 @@ var _ image.Apt = (*apt.Apt)(nil)
 // the test: root and a normal user take different ways. IRONCLAW_TEST_IMAGES
 // keeps the store.
 func TestBuildBase(t *testing.T) {
-	if os.Getenv("IRONCLAW_TEST_NET") == "" {
-		t.Skip("it installs 120 packages over the network; set IRONCLAW_TEST_NET=1")
-	}
+	testenv.NeedNet(t)
 	dir := os.Getenv("IRONCLAW_TEST_IMAGES")
 	if dir == "" {
 		dir = t.TempDir()
@@ -69,9 +69,7 @@ func TestBuildBase(t *testing.T) {
 // TestBuildStopped cancels a real build at the point where most is lying about,
 // and asks for a package that does not exist.
 func TestBuildStopped(t *testing.T) {
-	if os.Getenv("IRONCLAW_TEST_NET") == "" {
-		t.Skip("it downloads packages over the network; set IRONCLAW_TEST_NET=1")
-	}
+	testenv.NeedNet(t)
 	dir := t.TempDir()
 	store := image.Open(dir)
 	source := apt.New(t.TempDir())

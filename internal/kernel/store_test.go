@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/ironclaw-run/ironclaw/internal/testenv"
+
 	"github.com/ironclaw-run/ironclaw/internal/apt"
 	"github.com/ironclaw-run/ironclaw/internal/apt/apttest"
 )
@@ -331,9 +333,7 @@ func TestPrune(t *testing.T) {
 
 // TestDistribution installs the distribution's own kernel.
 func TestDistribution(t *testing.T) {
-	if os.Getenv("IRONCLAW_TEST_NET") != "1" {
-		t.Skip("needs the network: set IRONCLAW_TEST_NET=1 on a Debian or Ubuntu host")
-	}
+	testenv.NeedNet(t)
 	s := Open(filepath.Join(t.TempDir(), "kernels"))
 	a := apt.New(filepath.Join(t.TempDir(), "apt"))
 	start := time.Now()
