@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"errors"
+	"fmt"
 	"os"
 	"strconv"
 	"strings"
@@ -110,7 +111,16 @@ func (s *session) wait() (r result) {
 	}
 }
 
-func alive(pid int) bool { return !errors.Is(unix.Kill(pid, 0), unix.ESRCH) }
+// alive is false for a zombie too: who reaps orphans, and whether at all, is up to
+// the PID 1 of where the tests run.
+func alive(pid int) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return false
+	}
+	state := bytes.TrimSpace(b[bytes.LastIndexByte(b, ')')+1:])
+	return len(state) > 0 && state[0] != 'Z'
+}
 
 func waitGone(t *testing.T, pid int) {
 	t.Helper()
