@@ -36,8 +36,10 @@ func Main(args []string, stdin *os.File, stdout, stderr io.Writer) int {
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT)
 	defer signal.Stop(signals)
 	go func() {
-		if s, ok := <-signals; ok {
+		select {
+		case s := <-signals:
 			cancel(&interruptedError{s.(syscall.Signal)})
+		case <-ctx.Done():
 		}
 	}()
 

@@ -22,7 +22,7 @@ func environment(entries, files []string) ([]string, error) {
 			return nil, fmt.Errorf("--env-file: %w", err)
 		}
 		number := 0
-		for line := range strings.Lines(string(b)) {
+		for line := range strings.Lines(strings.TrimPrefix(string(b), "\ufeff")) {
 			number++
 			line = strings.TrimRight(strings.TrimLeft(line, " \t"), "\r\n")
 			if line == "" || line[0] == '#' {
@@ -46,6 +46,9 @@ func appendEnv(env []string, entry string) ([]string, error) {
 	key, _, hasValue := strings.Cut(entry, "=")
 	if key == "" || strings.ContainsAny(key, " \t\n") {
 		return nil, fmt.Errorf("%s is not KEY=VALUE", quoteArg(entry))
+	}
+	if strings.ContainsRune(entry, 0) { // the value may be a secret: only the key is shown
+		return nil, fmt.Errorf("the entry of %s holds a NUL byte", quoteArg(key))
 	}
 	if !hasValue {
 		value, ok := os.LookupEnv(key)

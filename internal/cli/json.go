@@ -39,13 +39,13 @@ func (r *runner) reportJSON(err error) {
 		res.Timings[p.Name] = ms(p.Duration)
 	}
 	if err != nil {
-		res.Error = err.Error()
+		res.Error = vm.Printable([]byte(err.Error())) // JSON escapes less than a terminal obeys
 		res.TimedOut = res.Code == exitTimeout
 	}
 	if s := r.sandbox; s != nil {
 		info, t := s.Machine().Info(), s.Hello().Timings
 		res.ID, res.Image, res.Kernel = s.ID(), s.Image().Digest, s.Kernel().Release
-		res.Driver, res.Accel, res.Link = "qemu", info.Accel, info.Link
+		res.Driver, res.Accel, res.Link = info.Driver, info.Accel, info.Link
 		for name, d := range map[string]time.Duration{
 			"init": t.Init, "modules": t.Modules, "root": t.Root, "agent": t.Agent, "hello": t.Hello,
 		} {

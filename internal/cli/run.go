@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"path"
 	"strings"
@@ -18,6 +19,7 @@ import (
 
 	"github.com/ironclaw-run/ironclaw/internal/guestrpc"
 	"github.com/ironclaw-run/ironclaw/internal/sandbox"
+	"github.com/ironclaw-run/ironclaw/internal/vm"
 )
 
 // runFlags are the flags of run as typed.
@@ -117,10 +119,10 @@ func (f *runFlags) complete(argv []string) (sandbox.Cmd, error) {
 // parseSize reads 512M, 1g, 1073741824: whole MiB, as machines have.
 func parseSize(s string) (int64, error) {
 	n, err := units.RAMInBytes(s)
-	if err != nil || n <= 0 {
+	const mib = 1 << 20
+	if err != nil || n <= 0 || n > math.MaxInt64-mib {
 		return 0, fmt.Errorf("bad size %q: a number with K, M or G is wanted, such as 512M", s)
 	}
-	const mib = 1 << 20
 	return (n + mib - 1) / mib * mib, nil
 }
 
@@ -163,8 +165,16 @@ type runner struct {
 	phases     []sandbox.Phase
 }
 
-func (r *runner) phase(name string, since time.Time) {
-	r.phases = append(r.phases, sandbox.Phase{Name: name, Duration: time.Since(since)})
+// phase notes a phase that has ended, and says so under -v.
+func (r *runner) phase(p sandbox.Phase) {
+	r.phases = append(r.phases, p)
+	if r.flags.verbose {
+		r.app.ui.line("", fmt.Sprintf("%-14s %8.1f ms", p.Name, ms(p.Duration)))
+	}
+}
+
+func (r *runner) phaseSince(name string, begun time.Time) {
+	r.phase(sandbox.Phase{Name: name, Duration: time.Since(begun)})
 }
 
 func (r *runner) run(ctx context.Context, cmd sandbox.Cmd, signals chan os.Signal) error {
@@ -183,16 +193,16 @@ func (r *runner) run(ctx context.Context, cmd sandbox.Cmd, signals chan os.Signa
 		return err
 	}
 	r.flags.opts.Progress = r.app.ui.progress
+	r.flags.opts.OnPhase = r.phase
 	r.sandbox, err = h.Create(ctx, r.flags.opts)
 	r.app.ui.progress("")
 	if err != nil {
 		return err
 	}
-	r.phases = r.sandbox.Phases()
 	defer func() {
 		t := time.Now()
 		r.sandbox.Close()
-		r.phase("close", t)
+		r.phaseSince("close", t)
 	}()
 	return r.command(ctx, cmd, signals)
 }
@@ -211,13 +221,13 @@ func (r *runner) command(ctx context.Context, cmd sandbox.Cmd, signals chan os.S
 	if err != nil {
 		return err
 	}
-	r.phase("start", t)
+	r.phaseSince("start", t)
 	t = time.Now()
-	err = r.supervise(p, signals)
+	err = r.supervise(p, r.sandbox.Machine(), r.app.takeSignals(signals, r.flags.tty))
 	if first := r.firstOutput(); !first.IsZero() {
-		r.phases = append(r.phases, sandbox.Phase{Name: "first output", Duration: first.Sub(t)})
+		r.phase(sandbox.Phase{Name: "first output", Duration: first.Sub(t)})
 	}
-	r.phase("command", t)
+	r.phaseSince("command", t)
 	return err
 }
 
@@ -233,17 +243,24 @@ func (r *runner) firstOutput() time.Time {
 // force: by then somebody may have stopped reading ours.
 const drainGrace = 2 * time.Second
 
+// process is what supervise needs of a *sandbox.Process.
+type process interface {
+	Done() <-chan struct{}
+	Wait(ctx context.Context) (sandbox.Exit, error)
+	Signal(sig syscall.Signal, group bool) error
+	Resize(size guestrpc.Resize) error
+}
+
 // supervise waits for the command's end and passes signals on. The command's
 // end, the machine's, the timeout and a second Ctrl-C all end it.
-func (r *runner) supervise(p *sandbox.Process, signals chan os.Signal) error {
-	signals = r.app.takeSignals(signals, r.flags.tty)
+func (r *runner) supervise(p process, m vm.Machine, signals <-chan os.Signal) error {
 	var timeout, grace <-chan time.Time
 	if r.flags.timeout > 0 {
 		timer := time.NewTimer(r.flags.timeout)
 		defer timer.Stop()
 		timeout = timer.C
 	}
-	died := r.sandbox.Machine().Done()
+	died := m.Done()
 	var verdict error // why it is being ended, once it is
 	for {
 		select {
@@ -251,14 +268,15 @@ func (r *runner) supervise(p *sandbox.Process, signals chan os.Signal) error {
 			return r.finish(p, verdict)
 		case <-grace:
 			if verdict == nil {
-				verdict = r.sandbox.Machine().Err()
+				verdict = m.Err()
 			}
 			return verdict
 		case <-died:
 			died, grace = nil, time.After(drainGrace)
 		case <-timeout:
 			verdict = &timeoutError{r.flags.timeout}
-			_ = p.Signal(syscall.SIGKILL, true) // what does not obey is ended with the machine
+			// What does not obey, or does not even listen, is ended with the machine.
+			go func() { _ = p.Signal(syscall.SIGKILL, true) }()
 			grace = time.After(drainGrace)
 		case s := <-signals:
 			if err := r.pass(p, s.(syscall.Signal)); err != nil {
@@ -268,7 +286,7 @@ func (r *runner) supervise(p *sandbox.Process, signals chan os.Signal) error {
 	}
 }
 
-func (r *runner) finish(p *sandbox.Process, verdict error) error {
+func (r *runner) finish(p process, verdict error) error {
 	exit, err := p.Wait(context.Background()) // it has ended
 	switch {
 	case verdict != nil:
@@ -290,15 +308,10 @@ func (r *runner) finish(p *sandbox.Process, verdict error) error {
 
 // report prints what -v and --json ask for.
 func (r *runner) report(err error) {
-	if r.flags.verbose {
-		for _, p := range r.phases {
-			r.app.ui.line("", fmt.Sprintf("%-14s %8.1f ms", p.Name, ms(p.Duration)))
-		}
-		if r.sandbox != nil {
-			m := r.sandbox.Machine().Info()
-			r.app.ui.line("", fmt.Sprintf("%-14s %8.1f ms  (%s, %s, link %s, kernel %s)", "total",
-				ms(time.Since(r.begun)), "qemu", m.Accel, m.Link, r.sandbox.Kernel().Release))
-		}
+	if r.flags.verbose && r.sandbox != nil {
+		m := r.sandbox.Machine().Info()
+		r.app.ui.line("", fmt.Sprintf("%-14s %8.1f ms  (%s, %s, link %s, kernel %s)", "total",
+			ms(time.Since(r.begun)), m.Driver, m.Accel, m.Link, r.sandbox.Kernel().Release))
 	}
 	if r.flags.json {
 		r.reportJSON(err)

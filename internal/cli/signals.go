@@ -8,7 +8,6 @@ import (
 	"golang.org/x/term"
 
 	"github.com/ironclaw-run/ironclaw/internal/guestrpc"
-	"github.com/ironclaw-run/ironclaw/internal/sandbox"
 )
 
 // takeSignals directs the signals that a command may want to the supervisor of
@@ -26,7 +25,7 @@ func (a *app) takeSignals(all chan os.Signal, tty bool) chan os.Signal {
 
 // pass gives a signal to the command. The second Ctrl-C is for us: the machine
 // ends at once.
-func (r *runner) pass(p *sandbox.Process, sig syscall.Signal) error {
+func (r *runner) pass(p process, sig syscall.Signal) error {
 	switch sig {
 	case syscall.SIGWINCH:
 		fd := int(r.app.stdin.Fd())

@@ -94,6 +94,7 @@ type Machine interface {
 
 // Info describes a running machine.
 type Info struct {
+	Driver  string        // its Features.Name
 	PID     int           // of the VMM, 0 if there is none
 	Accel   Accel         // in use
 	Link    Link          // in use

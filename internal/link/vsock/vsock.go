@@ -9,6 +9,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"sync"
@@ -137,6 +138,9 @@ func (v *Link) Dial(ctx context.Context, port uint32) (net.Conn, error) {
 	if errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.ECONNREFUSED) {
 		return nil, fmt.Errorf("dial port %d: %w", port, link.ErrRefused)
 	}
+	if err != nil && ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("dial port %d: %w", port, err)
 	}
@@ -167,6 +171,30 @@ func (v *Link) own(c net.Conn) (net.Conn, error) {
 type ownedConn struct {
 	net.Conn
 	v *Link
+}
+
+func (c *ownedConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	return n, c.v.why(err)
+}
+
+func (c *ownedConn) Write(b []byte) (int, error) {
+	n, err := c.Conn.Write(b)
+	return n, c.v.why(err)
+}
+
+// why tells the end of the link and of the peer from other errors of a stream,
+// in the words that every link has for them.
+func (v *Link) why(err error) error {
+	switch {
+	case err == nil, err == io.EOF:
+		return err
+	case v.closed():
+		return link.ErrClosed
+	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
+		return fmt.Errorf("%w: %w", io.ErrUnexpectedEOF, err)
+	}
+	return err
 }
 
 func (c *ownedConn) Close() error {

@@ -67,7 +67,7 @@ func (d *Driver) Start(ctx context.Context, spec vm.Spec) (vm.Machine, error) {
 	m := &Machine{
 		host:  link.NewMux(a, link.HostSide),
 		guest: link.NewMux(b, link.GuestSide),
-		info:  vm.Info{Accel: spec.Accel, Link: spec.Link, Started: time.Now()},
+		info:  vm.Info{Driver: "fake", Accel: spec.Accel, Link: spec.Link, Started: time.Now()},
 		done:  make(chan struct{}),
 	}
 	go func() {

@@ -26,6 +26,8 @@ import (
 	"github.com/ironclaw-run/ironclaw/internal/vm"
 )
 
+const driverName = "qemu"
+
 // Program is QEMU's name, looked up in PATH.
 const Program = "qemu-system-x86_64"
 
@@ -77,7 +79,7 @@ func (d *Driver) Path() string { return d.program }
 // Features says what this QEMU can do on this host.
 func (d *Driver) Features() vm.Features {
 	f := vm.Features{
-		Name:    "qemu",
+		Name:    driverName,
 		Version: d.version,
 		Accels:  []vm.Accel{vm.KVM, vm.TCG},
 		Links:   []vm.Link{vm.LinkSerial},

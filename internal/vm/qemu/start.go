@@ -40,7 +40,7 @@ func (d *Driver) Start(ctx context.Context, spec vm.Spec) (vm.Machine, error) {
 		closing: make(chan struct{}),
 		exited:  make(chan struct{}),
 		done:    make(chan struct{}),
-		info:    vm.Info{Accel: spec.Accel, Link: spec.Link},
+		info:    vm.Info{Driver: driverName, Accel: spec.Accel, Link: spec.Link},
 	}
 	qmpConn, qmpFile, err := socketPair("qmp")
 	if err != nil {

@@ -152,7 +152,7 @@ func testHelloAndPing(t *testing.T, c Config) {
 		t.Errorf("a running machine has the error %v", err)
 	}
 	info := m.Info()
-	if info.Accel == "" || info.Link == "" || info.Started.IsZero() {
+	if info.Driver != c.Driver.Features().Name || info.Accel == "" || info.Link == "" || info.Started.IsZero() {
 		t.Errorf("incomplete info: %+v", info)
 	}
 }
