@@ -151,14 +151,30 @@ func (t *Table) addRun(stderr []byte, wall float64) error {
 	if err := json.Unmarshal(lines[len(lines)-1], &res); err != nil {
 		return fmt.Errorf("read the timings of run: %w", err)
 	}
-	t.add("whole process", "ms", wall)
+	// Gathered first: what was not reported was not measured, and is no zero.
+	run := &Table{}
+	run.add("whole process", "ms", wall)
+	var missing []string
+	add := func(name string, from map[string]float64, key string) {
+		v, ok := from[key]
+		if !ok {
+			missing = append(missing, key)
+		}
+		run.add(name, "ms", v)
+	}
 	for _, phase := range []string{"reserve", "image", "kernel", "driver", "vmm", "boot", "start", "command", "close"} {
-		t.add("  "+phase, "ms", res.Timings[phase])
+		add("  "+phase, res.Timings, phase)
 		if phase == "boot" {
 			for _, mark := range []string{"init", "modules", "root", "agent", "hello"} {
-				t.add("    guest: "+mark, "ms", res.Guest[mark])
+				add("    guest: "+mark, res.Guest, mark)
 			}
 		}
+	}
+	if missing != nil {
+		return fmt.Errorf("read the timings of run: it reported no %s", strings.Join(missing, ", "))
+	}
+	for _, r := range run.Rows {
+		t.add(r.Name, r.Unit, r.Values[0])
 	}
 	return nil
 }

@@ -55,7 +55,8 @@ type ui struct {
 
 func newUI(w io.Writer) *ui {
 	f, ok := w.(*os.File)
-	return &ui{w: w, tty: ok && term.IsTerminal(int(f.Fd()))}
+	kind := os.Getenv("TERM")
+	return &ui{w: w, tty: ok && term.IsTerminal(int(f.Fd())) && kind != "" && kind != "dumb"}
 }
 
 // progress shows what is being done, with the seconds it has taken so far. An
@@ -154,7 +155,7 @@ func consoleLines(s string, n int) []string {
 // interruptedError is the end that a signal to us asked for.
 type interruptedError struct{ sig syscall.Signal }
 
-func (e *interruptedError) Error() string { return "interrupted (" + e.sig.String() + ")" }
+func (e *interruptedError) Error() string { return "interrupted by signal: " + e.sig.String() }
 
 // timeoutError is the end of a command that took too long.
 type timeoutError struct{ after time.Duration }

@@ -1,8 +1,9 @@
 // Package doctor looks at the host and tells, for each thing that IronClaw
 // needs, whether it is there, and the command that mends it.
 //
-// It changes nothing but for the one boot that proves KVM, whose verdict is
-// kept (see package qemu).
+// It changes nothing, but makes the directory if it can, and there is the one
+// boot that proves KVM. What is learned of QEMU and KVM is kept (see package
+// qemu).
 package doctor
 
 import (
@@ -13,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"os/user"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -133,7 +135,7 @@ func subordinateIDs() Check {
 	}
 	for _, file := range []string{"/etc/subuid", "/etc/subgid"} {
 		if !hasRange(file, name) {
-			c.Detail = "none for " + name + " in " + file + ": no image can be built"
+			c.Detail = "no range of 65536 for " + name + " in " + file + ": no image can be built"
 			c.Remedy = "sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 " + name
 			return c
 		}
@@ -141,6 +143,8 @@ func subordinateIDs() Check {
 	return Check{c.Name, OK, "in /etc/subuid and /etc/subgid", ""}
 }
 
+// hasRange reports whether the first entry of the user, by name, is large enough:
+// that is the one which mmdebstrap takes (see package image).
 func hasRange(file, name string) bool {
 	f, err := os.Open(file)
 	if err != nil {
@@ -149,8 +153,9 @@ func hasRange(file, name string) bool {
 	defer f.Close()
 	lines := bufio.NewScanner(f)
 	for lines.Scan() {
-		if who, _, ok := strings.Cut(lines.Text(), ":"); ok && (who == name || who == fmt.Sprint(os.Getuid())) {
-			return true
+		if fields := strings.Split(strings.TrimSpace(lines.Text()), ":"); len(fields) == 3 && fields[0] == name {
+			n, err := strconv.ParseUint(fields[2], 10, 32)
+			return err == nil && n >= 65536
 		}
 	}
 	return false
@@ -203,7 +208,11 @@ func installedKernel(ctx context.Context, h *sandbox.Host) (Check, bool) {
 func baseImage(ctx context.Context, h *sandbox.Host) (Check, bool) {
 	img, err := h.Images.Get(ctx, sandbox.DefaultImage)
 	if err != nil {
-		return Check{"image base", notYet(err, image.ErrNotFound), err.Error(), "ironclaw setup"}, false
+		c := Check{"image base", notYet(err, image.ErrNotFound), err.Error(), "ironclaw setup"}
+		if c.Status == Missing { // setup leaves alone what is there
+			c.Remedy = "ironclaw image build " + sandbox.DefaultImage
+		}
+		return c, false
 	}
 	return Check{"image base", OK, fmt.Sprintf("%.19s, %d MiB, %d packages", img.Digest, img.Size>>20, len(img.Packages)), ""}, true
 }

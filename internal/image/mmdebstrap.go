@@ -117,6 +117,13 @@ func (b *bootstrap) step(line string) {
 func command(ctx context.Context, name string, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if os.Geteuid() == 0 {
+		// As root mmdebstrap mounts /dev/shm, /sys and others of the host into the
+		// image. In a mount namespace of its own they end with it, however we and
+		// it end; in ours they would stay, and a removal of the store would reach
+		// through them.
+		cmd.SysProcAttr.Unshareflags = syscall.CLONE_NEWNS
+	}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGTERM) }
 	cmd.WaitDelay = stopGrace
 	cmd.Env = environment()

@@ -46,9 +46,7 @@ func (s *Store) newWorkspace(ctx context.Context, mode string) (_ *workspace, er
 		return nil, err
 	}
 	defer unlock()
-	if err := removeLeftovers(ctx, builds); err != nil {
-		return nil, err
-	}
+	removeLeftovers(ctx, builds)
 	w := &workspace{}
 	if w.dir, err = os.MkdirTemp(builds, buildPrefix); err != nil {
 		return nil, fmt.Errorf("make workspace: %w", err)
@@ -168,11 +166,13 @@ func owned(path string) bool {
 }
 
 // removeLeftovers removes the workspaces of builds that are no more. The caller
-// holds the lock of the store.
-func removeLeftovers(ctx context.Context, builds string) error {
+// holds the lock of the store. What cannot be removed now, because a process of a
+// killed build still writes there, costs space until the next build tries again;
+// it is no reason not to build.
+func removeLeftovers(ctx context.Context, builds string) {
 	entries, err := os.ReadDir(builds)
 	if err != nil {
-		return fmt.Errorf("look for leftovers of builds: %w", err)
+		return
 	}
 	for _, e := range entries {
 		dir := filepath.Join(builds, e.Name())
@@ -183,11 +183,7 @@ func removeLeftovers(ctx context.Context, builds string) error {
 		if err != nil {
 			continue // at work
 		}
-		err = removeWorkspace(ctx, dir)
+		_ = removeWorkspace(ctx, dir)
 		free()
-		if err != nil {
-			return fmt.Errorf("remove what a build has left: %w", err)
-		}
 	}
-	return nil
 }

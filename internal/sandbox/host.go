@@ -8,12 +8,14 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/ironclaw-run/ironclaw/internal/apt"
 	"github.com/ironclaw-run/ironclaw/internal/guestrpc"
 	"github.com/ironclaw-run/ironclaw/internal/image"
 	"github.com/ironclaw-run/ironclaw/internal/kernel"
+	"github.com/ironclaw-run/ironclaw/internal/link"
 	"github.com/ironclaw-run/ironclaw/internal/state"
 	"github.com/ironclaw-run/ironclaw/internal/vm"
 	"github.com/ironclaw-run/ironclaw/internal/vm/qemu"
@@ -29,6 +31,7 @@ type Host struct {
 	apt    *apt.Apt
 	state  *state.Store
 	driver vm.Driver // in place of QEMU, for tests
+	agent  []byte    // in place of the agent that was built in, for tests
 }
 
 // DefaultHome is $IRONCLAW_HOME, or /var/lib/ironclaw for root, or ironclaw in
@@ -119,9 +122,12 @@ func (h *Host) Driver(ctx context.Context, name string) (vm.Driver, error) {
 }
 
 func (h *Host) initramfs(ctx context.Context, k *kernel.Kernel, l vm.Link) (string, error) {
-	agent, err := kernel.Agent()
-	if err != nil {
-		return "", err
+	agent := h.agent
+	if agent == nil {
+		var err error
+		if agent, err = kernel.Agent(); err != nil {
+			return "", err
+		}
 	}
 	return h.Kernels.Initramfs(ctx, k, agent, modulesFor(l))
 }
@@ -145,7 +151,7 @@ func chooseLink(f vm.Features, want string) (vm.Link, error) {
 		}
 	}
 	if want == string(vm.LinkVsock) {
-		return "", fmt.Errorf("link vsock: no access to /dev/vhost-vsock")
+		return "", noVsockError{}
 	}
 	return "", fmt.Errorf("unknown link %q: there are auto, vsock and serial", want)
 }
@@ -228,7 +234,15 @@ func (h *Host) KVM(ctx context.Context, progress func(string)) (qemu.Verdict, er
 	return h.proveKVM(ctx, d, b.spec, progress)
 }
 
-func isEOF(err error) bool { return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) }
+// isBroken reports whether err is how a stream ends whose guest has gone.
+func isBroken(err error) bool {
+	for _, end := range []error{link.ErrClosed, io.EOF, io.ErrUnexpectedEOF, syscall.EPIPE, syscall.ECONNRESET} {
+		if errors.Is(err, end) {
+			return true
+		}
+	}
+	return false
+}
 
 // InitramfsSize is the size in bytes of what s booted beside its kernel.
 func (h *Host) InitramfsSize(ctx context.Context, s *Sandbox) (int64, error) {
@@ -241,4 +255,13 @@ func (h *Host) InitramfsSize(ctx context.Context, s *Sandbox) (int64, error) {
 		return 0, err
 	}
 	return st.Size(), nil
+}
+
+type noVsockError struct{}
+
+func (noVsockError) Error() string { return "link vsock: no access to /dev/vhost-vsock" }
+
+// Hint is the remedy.
+func (noVsockError) Hint() string {
+	return "sudo modprobe vhost_vsock, and be root or in group kvm; or use --link auto"
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -61,7 +62,7 @@ func start(ctx context.Context, conn net.Conn, header *guestrpc.Header, cmd *Cmd
 		return nil, fmt.Errorf("start command: %w", context.Cause(ctx))
 	}
 	if err == nil && frame.Type == guestrpc.FrameError {
-		err = p.remoteError(frame)
+		err = remoteError(frame)
 		p.ack()
 		conn.Close()
 		return nil, err
@@ -71,7 +72,7 @@ func start(ctx context.Context, conn net.Conn, header *guestrpc.Header, cmd *Cmd
 	}
 	var started guestrpc.Started
 	if err == nil {
-		err = frame.Decode(&started)
+		err = decode(frame, &started)
 	}
 	if err != nil {
 		conn.Close()
@@ -91,7 +92,7 @@ func (p *Process) open(header *guestrpc.Header) (guestrpc.Frame, error) {
 	if err := p.stream.WriteHeader(header); err != nil {
 		return guestrpc.Frame{}, err
 	}
-	return p.stream.ReadFrame()
+	return readFrame(p.stream)
 }
 
 func orDiscard(w io.Writer) io.Writer {
@@ -152,7 +153,7 @@ func (p *Process) receive(stdout, stderr io.Writer) {
 	defer p.window.close()
 	stdout, stderr = p.outlet(stdout), p.outlet(stderr)
 	for {
-		frame, err := p.stream.ReadFrame()
+		frame, err := readFrame(p.stream)
 		if err != nil {
 			p.err = p.died(err)
 			return
@@ -164,7 +165,7 @@ func (p *Process) receive(stdout, stderr io.Writer) {
 			_, err = stderr.Write(frame.Payload)
 		case guestrpc.FrameWindow:
 			var w guestrpc.Window
-			if err = frame.Decode(&w); err == nil {
+			if err = decode(frame, &w); err == nil {
 				err = p.window.grant(w.Bytes)
 			}
 		case guestrpc.FrameExit:
@@ -173,7 +174,7 @@ func (p *Process) receive(stdout, stderr io.Writer) {
 			}
 			return
 		case guestrpc.FrameError:
-			p.err = p.remoteError(frame)
+			p.err = remoteError(frame)
 			p.ack()
 			return
 		default:
@@ -187,7 +188,7 @@ func (p *Process) receive(stdout, stderr io.Writer) {
 }
 
 func (p *Process) decodeExit(frame guestrpc.Frame) error {
-	if err := frame.Decode(&p.exit); err != nil {
+	if err := decode(frame, &p.exit); err != nil {
 		return err
 	}
 	if e := p.exit; e.Code < 0 || e.Code > 255 || e.Signal < 0 || e.Signal > 127 {
@@ -197,12 +198,38 @@ func (p *Process) decodeExit(frame guestrpc.Frame) error {
 	return nil
 }
 
-func (p *Process) remoteError(frame guestrpc.Frame) error {
+// maxMessage is how much of a guest's words is worth showing, in bytes.
+const maxMessage = 500
+
+// remoteError is the error that the guest reports.
+func remoteError(frame guestrpc.Frame) error {
 	e := new(guestrpc.Error)
-	if err := frame.Decode(e); err != nil {
+	if err := decode(frame, e); err != nil {
 		return err
 	}
+	if len(e.Message) > maxMessage {
+		e.Message = strings.ToValidUTF8(e.Message[:maxMessage], "") + "..."
+	}
+	if strings.TrimSpace(e.Message) == "" {
+		e.Message = "the guest agent refused and did not say why"
+	}
 	return e
+}
+
+func readFrame(stream *guestrpc.Stream) (guestrpc.Frame, error) {
+	frame, err := stream.ReadFrame()
+	return frame, blameGuest(err)
+}
+
+func decode(frame guestrpc.Frame, v any) error { return blameGuest(frame.Decode(v)) }
+
+// blameGuest keeps what is wrong with the guest's bytes from looking like an
+// answer of the guest, which is a *guestrpc.Error too.
+func blameGuest(err error) error {
+	if e, ok := errors.AsType[*guestrpc.Error](err); ok {
+		return fmt.Errorf("%w: %s", errGuestProtocol, e.Message)
+	}
+	return err
 }
 
 // ack tells the guest that its last frame has arrived.
@@ -247,7 +274,8 @@ func (o *outlet) Write(b []byte) (int, error) {
 	n, err := o.w.Write(b)
 	if errors.Is(err, syscall.EPIPE) || errors.Is(err, io.ErrClosedPipe) {
 		o.broken = true
-		o.p.brokenPipe.Do(func() { _ = o.p.Signal(syscall.SIGPIPE, true) })
+		// A guest that takes nothing must not keep its exit from being read.
+		o.p.brokenPipe.Do(func() { go o.p.Signal(syscall.SIGPIPE, true) })
 		return len(b), nil
 	}
 	if err != nil {

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"sync"
 	"time"
 
 	"github.com/ironclaw-run/ironclaw/internal/guestrpc"
@@ -40,6 +41,8 @@ type Options struct {
 	Command []string // noted in the record
 	// Progress is told what takes long, nil for nobody.
 	Progress func(step string)
+	// OnPhase is told each phase of the start when it has ended, nil for nobody.
+	OnPhase func(Phase)
 }
 
 // DefaultPids bounds the processes of a sandbox.
@@ -102,7 +105,7 @@ func (h *Host) Create(ctx context.Context, opts Options) (*Sandbox, error) {
 		}
 		b.phase(step.name)
 	}
-	s.release = b.stack.Release()
+	s.release = sync.OnceFunc(b.stack.Release())
 	return s, nil
 }
 
@@ -156,8 +159,12 @@ type builder struct {
 
 func (b *builder) phase(name string) {
 	now := time.Now()
-	b.s.phases = append(b.s.phases, Phase{name, now.Sub(b.last)})
+	p := Phase{name, now.Sub(b.last)}
+	b.s.phases = append(b.s.phases, p)
 	b.last = now
+	if b.opts.OnPhase != nil {
+		b.opts.OnPhase(p)
+	}
 }
 
 // reserve writes the record: from here on whatever happens to this process is
@@ -279,21 +286,17 @@ func greet(ctx context.Context, m vm.Machine, hello guestrpc.Hello) (secret []by
 }
 
 func readHello(stream *guestrpc.Stream, hello *guestrpc.Hello, reply *guestrpc.HelloReply) error {
-	frame, err := stream.ReadFrame()
+	frame, err := readFrame(stream)
 	if err != nil {
 		return err
 	}
 	if frame.Type == guestrpc.FrameError {
-		e := new(guestrpc.Error)
-		if err := frame.Decode(e); err != nil {
-			return err
-		}
-		return e
+		return remoteError(frame)
 	}
 	if frame.Type != guestrpc.FrameHello {
 		return fmt.Errorf("%w: frame %d in place of hello", errGuestProtocol, frame.Type)
 	}
-	if err := frame.Decode(reply); err != nil {
+	if err := decode(frame, reply); err != nil {
 		return err
 	}
 	if reply.Version != guestrpc.Version || reply.Nonce != hello.Nonce {
@@ -339,7 +342,7 @@ func (s *Sandbox) Ping(ctx context.Context, b []byte) error {
 	if err := stream.WriteFrame(guestrpc.FrameData, b); err != nil {
 		return s.ended(err)
 	}
-	frame, err := stream.ReadFrame()
+	frame, err := readFrame(stream)
 	if err != nil {
 		return s.ended(err)
 	}
@@ -370,7 +373,7 @@ func (s *Sandbox) ended(err error) error {
 	if err == nil || errors.As(err, &exit) {
 		return err
 	}
-	if !errors.Is(err, link.ErrClosed) && !isEOF(err) {
+	if !isBroken(err) {
 		return err
 	}
 	select {
@@ -402,8 +405,8 @@ func (s *Sandbox) Image() *image.Image { return s.image }
 // Kernel is what it booted.
 func (s *Sandbox) Kernel() *kernel.Kernel { return s.kernel }
 
-// Close ends the machine and removes everything that belongs to the sandbox.
-// Idempotent.
+// Close ends the machine and removes everything that belongs to the sandbox,
+// and returns when that is done, also to those who call it meanwhile. Idempotent.
 func (s *Sandbox) Close() error {
 	s.release()
 	return nil

@@ -71,7 +71,7 @@ func (d *Driver) tryKVM(ctx context.Context, spec vm.Spec, greet func(context.Co
 	begun := time.Now()
 	limit := kvmDeadline()
 	tryCtx, cancel := context.WithTimeoutCause(ctx, limit,
-		fmt.Errorf("a machine started with it and did not boot within %v", limit))
+		fmt.Errorf("a machine started with KVM did not boot within %v", limit))
 	defer cancel()
 	m, err := d.Start(tryCtx, spec)
 	if err == nil {
@@ -87,7 +87,7 @@ func (d *Driver) tryKVM(ctx context.Context, spec vm.Spec, greet func(context.Co
 		line, _, _ := strings.Cut(err.Error(), "\n")
 		return Verdict{Reason: line}, nil
 	}
-	return Verdict{Works: true, Reason: fmt.Sprintf("a machine booted with it in %.1f s", time.Since(begun).Seconds())}, nil
+	return Verdict{Works: true, Reason: fmt.Sprintf("a machine booted with KVM in %.1f s", time.Since(begun).Seconds())}, nil
 }
 
 // openReason says why the device cannot be opened, in words a remedy follows from.
