@@ -16,6 +16,7 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 
@@ -68,8 +69,13 @@ func (t *Table) Print(w io.Writer) error {
 	fmt.Fprintf(w, "%s (%s)\n", t.Name, t.Host)
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(tw, "\tmin\tp50\tp90\tn\tunit\t")
+	width := 0
 	for _, r := range t.Rows {
-		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%d\t%s\t\n", r.Name,
+		width = max(width, utf8.RuneCountInString(r.Name))
+	}
+	for _, r := range t.Rows {
+		// Padded by hand: the figures align to the right, the names to the left.
+		fmt.Fprintf(tw, "%-*s\t%s\t%s\t%s\t%d\t%s\t\n", width, r.Name,
 			number(r.Quantile(0)), number(r.Quantile(0.5)), number(r.Quantile(0.9)), len(r.Values), r.Unit)
 	}
 	return tw.Flush()

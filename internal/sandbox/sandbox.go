@@ -13,6 +13,8 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -121,6 +123,18 @@ func (o *Options) fill() error {
 	}
 	if o.Progress == nil {
 		o.Progress = func(string) {}
+	}
+	for _, choice := range []struct {
+		what, value string
+		known       []string
+	}{
+		{"driver", o.Driver, []string{"auto", "qemu"}},
+		{"accelerator", o.Accel, []string{"auto", "kvm", "tcg"}},
+		{"link", o.Link, []string{"auto", "vsock", "serial"}},
+	} {
+		if choice.value != "" && !slices.Contains(choice.known, choice.value) {
+			return fmt.Errorf("unknown %s %q: there are %s", choice.what, choice.value, strings.Join(choice.known, ", "))
+		}
 	}
 	switch {
 	case o.Name != "" && !vm.ValidID(o.Name):
