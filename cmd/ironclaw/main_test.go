@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -38,8 +39,19 @@ func TestScripts(t *testing.T) {
 func TestMachineScripts(t *testing.T) {
 	prepared(t)
 	testscript.Run(t, testscript.Params{
-		Dir:   "testdata/machine",
-		Setup: func(e *testscript.Env) error { return useHome(e.WorkDir, e.Setenv) },
+		Dir: "testdata/machine",
+		Setup: func(e *testscript.Env) error {
+			if err := useHome(e.WorkDir, e.Setenv); err != nil {
+				return err
+			}
+			k, err := sandbox.Open(filepath.Join(e.WorkDir, "home")).Kernels.Current(context.Background())
+			if err == nil {
+				e.Setenv("KERNEL", k.ELF)
+				e.Setenv("MODULES", k.Modules)
+				e.Setenv("RELEASE", k.Release)
+			}
+			return err
+		},
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
 			"exits": exits,
 		},

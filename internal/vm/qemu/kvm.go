@@ -54,9 +54,17 @@ func (d *Driver) ProveKVM(ctx context.Context, spec vm.Spec, progress func(strin
 	if err != nil {
 		return Verdict{}, err
 	}
-	d.facts.update(func(data *factsData) { data.KVM = map[string]Verdict{key: v} })
+	d.facts.update(func(data *factsData) {
+		if data.KVM == nil || len(data.KVM) >= maxVerdicts {
+			data.KVM = make(map[string]Verdict)
+		}
+		data.KVM[key] = v
+	})
 	return v, nil
 }
+
+// maxVerdicts bounds the file: one for each kernel and QEMU that was tried.
+const maxVerdicts = 16
 
 func (d *Driver) kvmKey(kernel string) (string, error) {
 	q, err := fingerprint(d.program)
