@@ -7,14 +7,11 @@
 package doctor
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
-	"os/user"
-	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -58,7 +55,7 @@ func Healthy(checks []Check) bool {
 // Examine runs every check, in the order in which a person should mend them.
 func Examine(ctx context.Context, h *sandbox.Host, progress func(string)) []Check {
 	checks := []Check{agent(), vmm(ctx, h)}
-	checks = append(checks, builders()...)
+	checks = append(checks, builders(ctx)...)
 	checks = append(checks, home(h), memory())
 	kernelCheck, haveKernel := installedKernel(ctx, h)
 	imageCheck, haveImage := baseImage(ctx, h)
@@ -97,68 +94,26 @@ func vmm(ctx context.Context, h *sandbox.Host) Check {
 
 // builders checks what setup and image build need. Once kernel and image are
 // there, machines run without it.
-func builders() []Check {
+func builders(ctx context.Context) []Check {
 	var checks []Check
-	for _, t := range []struct{ name, program, pkg string }{
-		{"apt", "apt-get", ""},
-		{"dpkg", "dpkg-deb", ""},
-		{"mmdebstrap", "mmdebstrap", "mmdebstrap"},
-	} {
+	for _, t := range []struct{ name, program string }{{"apt", "apt-get"}, {"dpkg", "dpkg-deb"}} {
 		c := Check{Name: t.name, Status: OK}
 		path, err := exec.LookPath(t.program)
 		c.Detail = path
 		if err != nil {
 			c.Status, c.Detail = Limited, "not installed: no kernel or image can be prepared"
-			if t.pkg != "" {
-				c.Remedy = "sudo apt-get install -y " + t.pkg
-			}
 		}
 		checks = append(checks, c)
 	}
-	if os.Geteuid() != 0 {
-		checks = append(checks, subordinateIDs())
-	}
-	return checks
-}
-
-// subordinateIDs checks what a normal user needs to make files of other users
-// while an image is built.
-func subordinateIDs() Check {
-	c := Check{Name: "subordinate ids", Status: Limited}
-	if _, err := exec.LookPath("newuidmap"); err != nil {
-		c.Detail, c.Remedy = "newuidmap is not installed: no image can be built", "sudo apt-get install -y uidmap"
-		return c
-	}
-	name := fmt.Sprint(os.Getuid())
-	if u, err := user.Current(); err == nil {
-		name = u.Username
-	}
-	for _, file := range []string{"/etc/subuid", "/etc/subgid"} {
-		if !hasRange(file, name) {
-			c.Detail = "no range of 65536 for " + name + " in " + file + ": no image can be built"
-			c.Remedy = "sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 " + name
-			return c
+	c := Check{Name: "image build", Status: OK, Detail: "with mmdebstrap"}
+	if err := image.CanBuild(ctx); err != nil {
+		c.Status, c.Detail = Limited, err.Error()
+		var lacking *image.PrerequisiteError
+		if errors.As(err, &lacking) {
+			c.Remedy = lacking.Remedy
 		}
 	}
-	return Check{c.Name, OK, "in /etc/subuid and /etc/subgid", ""}
-}
-
-// hasRange reports whether the first entry of the user, by name, is large enough:
-// that is the one which mmdebstrap takes (see package image).
-func hasRange(file, name string) bool {
-	f, err := os.Open(file)
-	if err != nil {
-		return false
-	}
-	defer f.Close()
-	lines := bufio.NewScanner(f)
-	for lines.Scan() {
-		if fields := strings.Split(strings.TrimSpace(lines.Text()), ":"); len(fields) == 3 && fields[0] == name {
-			n, err := strconv.ParseUint(fields[2], 10, 32)
-			return err == nil && n >= 65536
-		}
-	}
-	return false
+	return append(checks, c)
 }
 
 // freeNeeded is what kernel, image and the making of both take.

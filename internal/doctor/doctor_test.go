@@ -83,7 +83,11 @@ func TestEmptyHome(t *testing.T) {
 	want(t, c["image base"], Limited, "no such image", "ironclaw setup")
 	want(t, c["accelerator"], Limited, "not known yet", "")
 	want(t, c["apt"], OK, "/apt-get", "")
-	want(t, c["mmdebstrap"], OK, "/mmdebstrap", "")
+	if os.Geteuid() == 0 {
+		want(t, c["image build"], OK, "mmdebstrap", "")
+	} else {
+		want(t, c["image build"], Limited, "newuidmap", "apt-get install -y uidmap")
+	}
 	if d := c["directory"]; d.Status == Missing || !strings.Contains(d.Detail, h.Home) {
 		t.Errorf("directory: %+v", d)
 	}
@@ -106,11 +110,9 @@ func TestOrder(t *testing.T) {
 	tools(t, "qemu-system-x86_64", "apt-get", "dpkg-deb", "mmdebstrap")
 	var got []string
 	for _, c := range Examine(t.Context(), sandbox.Open(t.TempDir()), nil) {
-		if c.Name != "subordinate ids" { // of a normal user
-			got = append(got, c.Name)
-		}
+		got = append(got, c.Name)
 	}
-	wanted := []string{"guest agent", "QEMU", "apt", "dpkg", "mmdebstrap", "directory", "memory", "kernel", "image base", "accelerator", "link"}
+	wanted := []string{"guest agent", "QEMU", "apt", "dpkg", "image build", "directory", "memory", "kernel", "image base", "accelerator", "link"}
 	if d := cmp.Diff(wanted, got); d != "" {
 		t.Errorf("-want +got:\n%s", d)
 	}
@@ -122,7 +124,7 @@ func TestNothingInstalled(t *testing.T) {
 	tools(t)
 	c := byName(t, sandbox.Open(t.TempDir()))
 	want(t, c["QEMU"], Missing, "not installed", "apt-get install -y qemu-system-x86")
-	want(t, c["mmdebstrap"], Limited, "not installed", "apt-get install -y mmdebstrap")
+	want(t, c["image build"], Limited, "mmdebstrap is not installed", "apt-get install -y mmdebstrap")
 	want(t, c["apt"], Limited, "not installed", "")
 	want(t, c["dpkg"], Limited, "not installed", "")
 }
@@ -157,51 +159,4 @@ func TestHomeThatCannotBe(t *testing.T) {
 	}
 	c := byName(t, sandbox.Open(filepath.Join(file, "home")))
 	want(t, c["directory"], Missing, "not a directory", "IRONCLAW_HOME")
-}
-
-// The doctor must find what building an image will: mmdebstrap looks for the
-// user's name, takes the first entry, and needs 65536 ids.
-func TestHasRange(t *testing.T) {
-	me := fmt.Sprint(os.Getuid())
-	for name, c := range map[string]struct {
-		content string
-		want    bool
-	}{
-		"nothing":             {"", false},
-		"ours":                {"root:1:65536\nsomeone:100000:65536\n", true},
-		"no newline":          {"someone:100000:65536", true},
-		"of another":          {"someoneelse:100000:65536\nsome:100000:65536\n", false},
-		"by number":           {me + ":100000:65536\n", false},
-		"a comment":           {"#someone:100000:65536\n", false},
-		"too few":             {"someone:100000:65535\n", false},
-		"none":                {"someone:100000:0\n", false},
-		"the first one is it": {"someone:100000:10\nsomeone:200000:65536\n", false},
-		"no count":            {"someone:100000\n", false},
-		"garbage":             {"someone:100000:many\n", false},
-		"negative":            {"someone:100000:-65536\n", false},
-		"too many fields":     {"someone:100000:65536:1\n", false},
-	} {
-		t.Run(name, func(t *testing.T) {
-			file := filepath.Join(t.TempDir(), "subuid")
-			if err := os.WriteFile(file, []byte(c.content), 0o600); err != nil {
-				t.Fatal(err)
-			}
-			if got := hasRange(file, "someone"); got != c.want {
-				t.Errorf("%v", got)
-			}
-		})
-	}
-	if hasRange("/nonexistent", "someone") {
-		t.Error("a range in a file that is not there")
-	}
-}
-
-// A normal user is told what gives him ids, and that only building needs it.
-func TestSubordinateIDs(t *testing.T) {
-	tools(t)
-	want(t, subordinateIDs(), Limited, "newuidmap is not installed", "apt-get install -y uidmap")
-	tools(t, "newuidmap")
-	if c := subordinateIDs(); c.Status == Missing || c.Status == Limited && !strings.Contains(c.Remedy, "usermod --add-subuids") {
-		t.Errorf("%+v", c)
-	}
 }

@@ -19,6 +19,13 @@ import (
 // archive and the disk.
 const needBytes = 1500 << 20
 
+// CanBuild tells whether this host lets this user build images. What it lacks is
+// a *PrerequisiteError.
+func CanBuild(ctx context.Context) error {
+	_, err := prerequisites(ctx)
+	return err
+}
+
 // prerequisites finds out what this host lacks to build, and returns the mode
 // that mmdebstrap has to run in.
 func prerequisites(ctx context.Context) (mode string, err error) {
