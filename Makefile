@@ -14,8 +14,8 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 
 build: ## build bin/ironclaw, guest agent included
-	$(GO) build -trimpath -ldflags '-s -w' -o $(INIT) ./cmd/ironclaw-init
-	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ironclaw ./cmd/ironclaw
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o $(INIT) ./cmd/ironclaw-init
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ironclaw ./cmd/ironclaw
 
 demo: ## install what is missing, build, and run a real job in a micro-VM
 	@scripts/install-packages run

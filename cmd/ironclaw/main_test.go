@@ -30,6 +30,13 @@ func TestScripts(t *testing.T) {
 			e.Setenv("IRONCLAW_HOME", filepath.Join(e.WorkDir, "home"))
 			return nil
 		},
+		Condition: func(cond string) (bool, error) {
+			if cond != "agent" {
+				return false, fmt.Errorf("unknown condition %q", cond)
+			}
+			_, err := kernel.Agent()
+			return err == nil, nil
+		},
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
 	})
