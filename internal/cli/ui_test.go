@@ -61,7 +61,7 @@ func TestHint(t *testing.T) {
 		{errors.New("x"), ""},
 		{&usageError{errors.New("x"), ""}, "`ironclaw --help`"},
 		{&usageError{errors.New("x"), "image rm "}, "`ironclaw image rm --help`"},
-		{&sandbox.NoKVMError{Reason: "no permission"}, "usermod"},
+		{&sandbox.NoKVMError{Reason: "no permission"}, "$USER"},
 		{&image.PrerequisiteError{Cause: "x"}, ""},
 		{&image.PrerequisiteError{Cause: "x", Remedy: "apt it"}, "apt it"},
 		{fmt.Errorf("x: %w", image.ErrNotFound), "ironclaw image build"},

@@ -195,7 +195,7 @@ func accelerator(ctx context.Context, h *sandbox.Host, ready bool, progress func
 	default:
 		c.Detail = "tcg (software emulation): " + v.Reason
 		if strings.Contains(v.Reason, "permission") {
-			c.Remedy = sandbox.KVMPermissionRemedy
+			c.Remedy = sandbox.KVMPermissionRemedy()
 		}
 	}
 	return c

@@ -6,10 +6,14 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/user"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/ironclaw-run/ironclaw/internal/apt"
 	"github.com/ironclaw-run/ironclaw/internal/guestrpc"
@@ -189,13 +193,22 @@ func (e *NoKVMError) Error() string { return "KVM does not work here: " + e.Reas
 // Hint is the remedy.
 func (e *NoKVMError) Hint() string {
 	if strings.Contains(e.Reason, "permission") {
-		return KVMPermissionRemedy + "; or use --accel auto"
+		return KVMPermissionRemedy() + "; or use --accel auto"
 	}
 	return "use --accel auto, which emulates where it must"
 }
 
-// KVMPermissionRemedy gives a user access to /dev/kvm.
-const KVMPermissionRemedy = "sudo usermod -aG kvm $USER, then log in again"
+// KVMPermissionRemedy is the command that gives this user access to /dev/kvm: by
+// the device's group where it has one for that, as udev gives it.
+func KVMPermissionRemedy() string {
+	var st unix.Stat_t
+	if unix.Stat("/dev/kvm", &st) == nil && st.Gid != 0 && st.Mode&0o060 == 0o060 {
+		if g, err := user.LookupGroupId(strconv.Itoa(int(st.Gid))); err == nil {
+			return "sudo usermod -aG " + g.Name + " $USER, then log in again"
+		}
+	}
+	return "sudo chown $USER /dev/kvm (until the host reboots)"
+}
 
 func (h *Host) proveKVM(ctx context.Context, d vm.Driver, spec vm.Spec, progress func(string)) (qemu.Verdict, error) {
 	q, ok := d.(*qemu.Driver)

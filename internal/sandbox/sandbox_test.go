@@ -90,7 +90,7 @@ func TestChooseAccel(t *testing.T) {
 // Who may not open the device is told how to mend it.
 func TestNoKVMHint(t *testing.T) {
 	e := &NoKVMError{Reason: "no permission to open /dev/kvm"}
-	if !strings.Contains(e.Hint(), KVMPermissionRemedy) || !strings.Contains(e.Error(), e.Reason) {
+	if !strings.Contains(e.Hint(), KVMPermissionRemedy()) || !strings.Contains(e.Error(), e.Reason) {
 		t.Errorf("%q, %q", e.Error(), e.Hint())
 	}
 }
