@@ -301,9 +301,15 @@ func testCloseUnblocks(t *testing.T, c Config) {
 		read <- err
 	}()
 	m.Close()
-	if err := <-read; !errors.Is(err, link.ErrClosed) {
+	if err := <-read; !ended(err) {
 		t.Errorf("a read that waited for a closed machine: %v", err)
 	}
+}
+
+// ended reports whether err is one of those by which callers know that a stream's
+// machine has ended, or its peer: whichever the transport notices first.
+func ended(err error) bool {
+	return errors.Is(err, link.ErrClosed) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
 }
 
 // A VMM that dies ends the machine, its streams and its dials, with the reason.
@@ -315,7 +321,7 @@ func testVMMDies(t *testing.T, c Config) {
 		t.Fatal(err)
 	}
 	c.Kill(t, m)
-	if _, err := s.ReadFrame(); !errors.Is(err, link.ErrClosed) && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+	if _, err := s.ReadFrame(); !ended(err) {
 		t.Errorf("read from a dead machine: %v", err)
 	}
 	select {
