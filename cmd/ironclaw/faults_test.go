@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -55,22 +56,33 @@ func (p *place) command(ctx context.Context, args ...string) *exec.Cmd {
 	return cmd
 }
 
+// processes finds those that have to do with the place by their command lines and
+// environments.
+func (p *place) processes(t *testing.T) map[int]string {
+	t.Helper()
+	procs, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := make(map[int]string)
+	for _, proc := range procs {
+		for _, what := range []string{"environ", "cmdline"} {
+			b, err := os.ReadFile(filepath.Join(proc, what)) // it may have ended
+			if pid, _ := strconv.Atoi(filepath.Base(proc)); err == nil && bytes.Contains(b, []byte(p.dir)) {
+				found[pid] = string(b)
+			}
+		}
+	}
+	return found
+}
+
 // remains lists what a run could leave: processes, mounts, sockets and files that
 // have to do with the place.
 func (p *place) remains(t *testing.T) []string {
 	t.Helper()
 	var found []string
-	procs, err := filepath.Glob("/proc/[0-9]*")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, proc := range procs {
-		for _, what := range []string{"cmdline", "environ"} {
-			b, err := os.ReadFile(filepath.Join(proc, what)) // it may have ended
-			if err == nil && bytes.Contains(b, []byte(p.dir)) {
-				found = append(found, fmt.Sprintf("process %s %s: %.200q", filepath.Base(proc), what, b))
-			}
-		}
+	for pid, line := range p.processes(t) {
+		found = append(found, fmt.Sprintf("process %d: %.200q", pid, line))
 	}
 	for _, table := range []string{"/proc/self/mountinfo", "/proc/net/unix"} {
 		b, err := os.ReadFile(table)
@@ -83,7 +95,7 @@ func (p *place) remains(t *testing.T) []string {
 			}
 		}
 	}
-	err = filepath.WalkDir(p.dir, func(path string, d fs.DirEntry, err error) error {
+	err := filepath.WalkDir(p.dir, func(path string, d fs.DirEntry, err error) error {
 		if err == nil && !slices.Contains([]string{"facts.json", ".lock", "run"}, d.Name()) {
 			found = append(found, "file "+path)
 		}
@@ -92,6 +104,7 @@ func (p *place) remains(t *testing.T) []string {
 	if err != nil {
 		t.Fatal(err)
 	}
+	slices.Sort(found)
 	return found
 }
 
@@ -349,11 +362,7 @@ func TestKilledAnyMoment(t *testing.T) {
 		time.Sleep(after)
 		cmd.Process.Kill()
 		cmd.Wait()
-		gone := func() bool {
-			b, _ := exec.CommandContext(t.Context(), "pgrep", "-f", p.dir).Output()
-			return len(bytes.TrimSpace(b)) == 0
-		}
-		for end := time.Now().Add(10 * time.Second); !gone(); time.Sleep(10 * time.Millisecond) {
+		for end := time.Now().Add(10 * time.Second); len(p.processes(t)) > 0; time.Sleep(10 * time.Millisecond) {
 			if time.Now().After(end) {
 				t.Fatalf("after %v: QEMU lives on", after)
 			}
