@@ -269,7 +269,7 @@ func TestInputNeverClosed(t *testing.T) {
 
 func TestCreditComesBack(t *testing.T) {
 	h := startAgent(t)
-	s := h.exec(&guestrpc.Exec{Args: []string{"sh", "-c", "exec <&-; sleep 1000"}, Stdin: true})
+	s := h.exec(&guestrpc.Exec{Args: []string{"sh", "-c", "exec <&-; exec sleep 1000"}, Stdin: true})
 	s.started()
 	const total = 3 << 20 // three windows
 	done := make(chan struct{})
