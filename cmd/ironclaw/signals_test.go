@@ -179,6 +179,18 @@ func TestTerminal(t *testing.T) {
 	p.sameAs(t, before)
 }
 
+// With -t alone the keys are still ours: Ctrl-C ends the command.
+func TestTerminalWithoutInput(t *testing.T) {
+	p := newPlace(t)
+	term := onTerminal(t, p, nil, "run", "-t", "--", "sh", "-c", "echo $TERM; exec sleep 1000")
+	term.expect(t, "xterm-256color") // both terminals make line ends
+	term.send(t, "\x03")
+	term.cmd.Wait()
+	if code := term.cmd.ProcessState.ExitCode(); code != 130 {
+		t.Errorf("exit code %d: %q", code, &term.seen)
+	}
+}
+
 // First-time work shows itself on a terminal.
 func TestProgressOnTerminal(t *testing.T) {
 	testenv.NeedNet(t)

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -184,8 +185,8 @@ func (r *runner) run(ctx context.Context, cmd sandbox.Cmd, signals chan os.Signa
 			return err
 		}
 		cmd.TTY = size
-		if r.flags.stdin {
-			cmd.Env = append([]string{"TERM=" + os.Getenv("TERM")}, cmd.Env...)
+		if kind := os.Getenv("TERM"); kind != "" {
+			cmd.Env = append([]string{"TERM=" + kind}, cmd.Env...)
 		}
 	}
 	h, err := r.app.host()
@@ -209,7 +210,7 @@ func (r *runner) run(ctx context.Context, cmd sandbox.Cmd, signals chan os.Signa
 
 // command runs the command to its end.
 func (r *runner) command(ctx context.Context, cmd sandbox.Cmd, signals chan os.Signal) error {
-	if r.flags.tty {
+	if r.flags.tty && r.flags.stdin { // without -i nobody would read a Ctrl-C
 		restore, err := r.app.rawTerminal()
 		if err != nil {
 			return err
@@ -223,7 +224,7 @@ func (r *runner) command(ctx context.Context, cmd sandbox.Cmd, signals chan os.S
 	}
 	r.phaseSince("start", t)
 	t = time.Now()
-	err = r.supervise(p, r.sandbox.Machine(), r.app.takeSignals(signals, r.flags.tty))
+	err = r.supervise(ctx, p, r.sandbox.Machine(), r.app.takeSignals(signals, r.flags.tty))
 	if first := r.firstOutput(); !first.IsZero() {
 		r.phase(sandbox.Phase{Name: "first output", Duration: first.Sub(t)})
 	}
@@ -243,6 +244,8 @@ func (r *runner) firstOutput() time.Time {
 // force: by then somebody may have stopped reading ours.
 const drainGrace = 2 * time.Second
 
+var errMachineEnded = errors.New("the machine ended")
+
 // process is what supervise needs of a *sandbox.Process.
 type process interface {
 	Done() <-chan struct{}
@@ -253,24 +256,24 @@ type process interface {
 
 // supervise waits for the command's end and passes signals on. The command's
 // end, the machine's, the timeout and a second Ctrl-C all end it.
-func (r *runner) supervise(p process, m vm.Machine, signals <-chan os.Signal) error {
+//
+// ctx ends when a signal came before signals was listened on: the command's start
+// and it have crossed, and the command gets it now.
+func (r *runner) supervise(ctx context.Context, p process, m vm.Machine, signals <-chan os.Signal) error {
 	var timeout, grace <-chan time.Time
 	if r.flags.timeout > 0 {
 		timer := time.NewTimer(r.flags.timeout)
 		defer timer.Stop()
 		timeout = timer.C
 	}
-	died := m.Done()
+	died, cancelled := m.Done(), ctx.Done()
 	var verdict error // why it is being ended, once it is
 	for {
 		select {
 		case <-p.Done():
 			return r.finish(p, verdict)
 		case <-grace:
-			if verdict == nil {
-				verdict = m.Err()
-			}
-			return verdict
+			return cmp.Or(verdict, m.Err(), errMachineEnded)
 		case <-died:
 			died, grace = nil, time.After(drainGrace)
 		case <-timeout:
@@ -278,6 +281,14 @@ func (r *runner) supervise(p process, m vm.Machine, signals <-chan os.Signal) er
 			// What does not obey, or does not even listen, is ended with the machine.
 			go func() { _ = p.Signal(syscall.SIGKILL, true) }()
 			grace = time.After(drainGrace)
+		case <-cancelled:
+			cancelled = nil
+			var early *interruptedError
+			if errors.As(context.Cause(ctx), &early) {
+				if err := r.pass(p, early.sig); err != nil {
+					return err
+				}
+			}
 		case s := <-signals:
 			if err := r.pass(p, s.(syscall.Signal)); err != nil {
 				return err
@@ -349,7 +360,11 @@ func (a *app) rawTerminal() (restore func(), err error) {
 	if err != nil {
 		return nil, fmt.Errorf("set the terminal to raw mode: %w", err)
 	}
-	return func() { _ = term.Restore(fd, old) }, nil
+	a.ui.setRaw(true)
+	return func() {
+		a.ui.setRaw(false)
+		_ = term.Restore(fd, old)
+	}, nil
 }
 
 // firstWrite notes when something is first written.

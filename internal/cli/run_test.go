@@ -86,7 +86,7 @@ func TestExitPassesThrough(t *testing.T) {
 			p := newProcess()
 			p.exit, p.err = c.exit, c.err
 			close(p.done)
-			err := r.supervise(p, &fakeMachine{}, nil)
+			err := r.supervise(t.Context(), p, &fakeMachine{}, nil)
 			if !errors.Is(err, c.err) || r.app.code != c.code || r.ended != (c.err == nil) || stderr.String() != c.stderr {
 				t.Errorf("%v, code %d, ended %v, stderr %q", err, r.app.code, r.ended, stderr)
 			}
@@ -102,7 +102,7 @@ func TestTimeout(t *testing.T) {
 		p := newProcess()
 		p.exit.Signal = 9
 		p.onKill = func() { close(p.done) }
-		err := r.supervise(p, &fakeMachine{}, nil)
+		err := r.supervise(t.Context(), p, &fakeMachine{}, nil)
 		if exitCode(err) != 124 || err.Error() != "the command timed out after 1m0s" || <-p.signals != syscall.SIGKILL {
 			t.Errorf("error %v", err)
 		}
@@ -116,7 +116,7 @@ func TestTimeoutOfDeafGuest(t *testing.T) {
 		p := newProcess()
 		p.deaf = make(chan struct{})
 		defer close(p.deaf)
-		if err := r.supervise(p, &fakeMachine{}, nil); exitCode(err) != 124 {
+		if err := r.supervise(t.Context(), p, &fakeMachine{}, nil); exitCode(err) != 124 {
 			t.Errorf("error %v", err)
 		}
 	})
@@ -132,7 +132,7 @@ func TestSecondInterruptOfDeafGuest(t *testing.T) {
 		signals := make(chan os.Signal, 2)
 		signals <- syscall.SIGINT
 		signals <- syscall.SIGINT
-		if err := r.supervise(p, &fakeMachine{}, signals); exitCode(err) != 130 {
+		if err := r.supervise(t.Context(), p, &fakeMachine{}, signals); exitCode(err) != 130 {
 			t.Errorf("error %v", err)
 		}
 	})
@@ -153,7 +153,26 @@ func TestSignalsPass(t *testing.T) {
 			}
 			close(p.done)
 		}()
-		if err := r.supervise(p, &fakeMachine{}, signals); err != nil {
+		if err := r.supervise(t.Context(), p, &fakeMachine{}, signals); err != nil {
+			t.Errorf("error %v", err)
+		}
+	})
+}
+
+// A signal that came while the command was being started is not lost.
+func TestSignalCrossesStart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, _ := newRunner(runFlags{})
+		p := newProcess()
+		ctx, cancel := context.WithCancelCause(t.Context())
+		cancel(&interruptedError{syscall.SIGTERM})
+		go func() {
+			if got := <-p.signals; got != syscall.SIGTERM {
+				t.Errorf("%v came", got)
+			}
+			close(p.done)
+		}()
+		if err := r.supervise(ctx, p, &fakeMachine{}, nil); err != nil {
 			t.Errorf("error %v", err)
 		}
 	})
@@ -165,7 +184,7 @@ func TestMachineDies(t *testing.T) {
 		r, _ := newRunner(runFlags{})
 		m := &fakeMachine{done: make(chan struct{}), err: &vm.ExitError{Reason: "killed"}}
 		close(m.done)
-		if err := r.supervise(newProcess(), m, nil); !errors.Is(err, m.err) {
+		if err := r.supervise(t.Context(), newProcess(), m, nil); !errors.Is(err, m.err) {
 			t.Errorf("error %v", err)
 		}
 	})

@@ -30,7 +30,8 @@ func (r *runner) pass(p process, sig syscall.Signal) error {
 	case syscall.SIGWINCH:
 		fd := int(r.app.stdin.Fd())
 		if cols, rows, err := term.GetSize(fd); err == nil {
-			_ = p.Resize(guestrpc.Resize{Rows: uint16(rows), Cols: uint16(cols)})
+			size := guestrpc.Resize{Rows: uint16(rows), Cols: uint16(cols)}
+			go func() { _ = p.Resize(size) }() // a guest may not listen; see below
 		}
 		return nil
 	case syscall.SIGINT:
@@ -38,8 +39,9 @@ func (r *runner) pass(p process, sig syscall.Signal) error {
 			return &interruptedError{sig}
 		}
 	}
-	// To the group, as a terminal does. An error means that the machine has
-	// ended, which the supervisor learns by itself.
+	// To the group, as a terminal does, and on the side: a guest that does not
+	// listen must not hold up the supervisor. An error means that the machine
+	// has ended, which the supervisor learns by itself.
 	go func() { _ = p.Signal(sig, true) }()
 	return nil
 }

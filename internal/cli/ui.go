@@ -47,6 +47,7 @@ type ui struct {
 	tty bool
 
 	mu       sync.Mutex // guards the rest, and whole lines
+	raw      bool       // the terminal does not turn "\n" into a new line
 	step     string     // of the progress line that is shown
 	begun    time.Time
 	stopTick chan struct{}
@@ -116,7 +117,18 @@ func (u *ui) line(prefix, text string) {
 	defer u.mu.Unlock()
 	u.endStep()
 	text = strings.ReplaceAll(strings.TrimSpace(vm.Printable([]byte(text))), "\n", "; ")
-	fmt.Fprintf(u.w, "%s%s\n", prefix, text)
+	end := "\n"
+	if u.raw {
+		end = "\r\n"
+	}
+	fmt.Fprintf(u.w, "%s%s%s", prefix, text, end)
+}
+
+// setRaw says that our terminal is in raw mode, or no longer is.
+func (u *ui) setRaw(raw bool) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.raw = raw && u.tty
 }
 
 func (u *ui) note(format string, args ...any) { u.line("note: ", fmt.Sprintf(format, args...)) }

@@ -254,3 +254,23 @@ func TestProgressOnTerminal(t *testing.T) {
 		want(erase + "* three" + erase)
 	})
 }
+
+// In raw mode a terminal does not go to the line's beginning by itself.
+func TestRawLines(t *testing.T) {
+	var out bytes.Buffer
+	u := &ui{w: &out, tty: true}
+	u.setRaw(true)
+	u.note("a")
+	u.setRaw(false)
+	u.note("b")
+	if got := out.String(); got != "note: a\r\nnote: b\n" {
+		t.Errorf("%q", got)
+	}
+	out.Reset()
+	file := &ui{w: &out}
+	file.setRaw(true)
+	file.note("c")
+	if got := out.String(); got != "note: c\n" {
+		t.Errorf("%q", got)
+	}
+}

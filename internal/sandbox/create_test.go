@@ -159,7 +159,10 @@ func wantNothingLeft(t *testing.T, h *Host, d *recorder) {
 
 func TestCreate(t *testing.T) {
 	h, d := newHost(t, agent(t, pingAndExec))
-	s, err := h.Create(t.Context(), Options{Name: "one", Command: []string{"true"}})
+	var phases []string
+	s, err := h.Create(t.Context(), Options{Name: "one", Command: []string{"true"}, OnPhase: func(p Phase) {
+		phases = append(phases, p.Name)
+	}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -172,10 +175,6 @@ func TestCreate(t *testing.T) {
 		t.Errorf("the image of a running sandbox was removed: %v", err)
 	}
 	wantSpec(t, h, s, d.specs[0])
-	var phases []string
-	for _, p := range s.Phases() {
-		phases = append(phases, p.Name)
-	}
 	if got := strings.Join(phases, " "); got != "reserve image kernel driver vmm boot" || s.Hello().Kernel != "9.8.7" {
 		t.Errorf("phases %q, hello %+v", got, s.Hello())
 	}

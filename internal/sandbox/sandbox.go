@@ -63,7 +63,6 @@ type Sandbox struct {
 	machine vm.Machine
 	secret  []byte
 	hello   guestrpc.HelloReply
-	phases  []Phase
 	image   *image.Image
 	kernel  *kernel.Kernel
 	release func()
@@ -173,12 +172,10 @@ type builder struct {
 
 func (b *builder) phase(name string) {
 	now := time.Now()
-	p := Phase{name, now.Sub(b.last)}
-	b.s.phases = append(b.s.phases, p)
-	b.last = now
 	if b.opts.OnPhase != nil {
-		b.opts.OnPhase(p)
+		b.opts.OnPhase(Phase{name, now.Sub(b.last)})
 	}
+	b.last = now
 }
 
 // reserve writes the record: from here on whatever happens to this process is
@@ -409,9 +406,6 @@ func (s *Sandbox) Machine() vm.Machine { return s.machine }
 
 // Hello is what the guest said of itself: to be shown, never to decide by.
 func (s *Sandbox) Hello() guestrpc.HelloReply { return s.hello }
-
-// Phases are the parts of the start, in order.
-func (s *Sandbox) Phases() []Phase { return s.phases }
 
 // Image is what its root disk was made from.
 func (s *Sandbox) Image() *image.Image { return s.image }
