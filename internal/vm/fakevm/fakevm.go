@@ -36,6 +36,7 @@ type Machine struct {
 	host  *link.Mux
 	guest *link.Mux
 	info  vm.Info
+	left  chan struct{} // closed when the guest has returned
 	done  chan struct{}
 
 	mu  sync.Mutex // guards err, closed
@@ -68,10 +69,12 @@ func (d *Driver) Start(ctx context.Context, spec vm.Spec) (vm.Machine, error) {
 		host:  link.NewMux(a, link.HostSide),
 		guest: link.NewMux(b, link.GuestSide),
 		info:  vm.Info{Driver: "fake", Accel: spec.Accel, Link: spec.Link, Started: time.Now()},
+		left:  make(chan struct{}),
 		done:  make(chan struct{}),
 	}
 	go func() {
 		d.Guest(m.guest)
+		close(m.left)
 		m.stop(&vm.ExitError{Reason: "the guest shut down"})
 	}()
 	return m, nil
@@ -102,6 +105,7 @@ func (m *Machine) stop(err error) {
 		m.mu.Unlock()
 		m.guest.Close()
 		m.host.Close()
+		<-m.left // nothing of the machine remains
 		close(m.done)
 	})
 	<-m.done
