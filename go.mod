@@ -6,7 +6,6 @@ require (
 	github.com/Microsoft/hcsshim v0.14.1
 	github.com/creack/pty v1.1.24
 	github.com/docker/go-units v0.5.0
-	github.com/gofrs/flock v0.13.1
 	github.com/google/go-cmp v0.7.0
 	github.com/klauspost/compress v1.20.3
 	github.com/mdlayher/vsock v1.4.0

@@ -12,7 +12,8 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/gofrs/flock"
+	"github.com/ironclaw-run/ironclaw/internal/filelock"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -89,11 +90,7 @@ func (a *Apt) lock(ctx context.Context) (func(), error) {
 	if _, err := a.prepare(); err != nil {
 		return nil, err
 	}
-	l := flock.New(filepath.Join(a.dir, ".lock"))
-	if _, err := l.TryLockContext(ctx, 100*time.Millisecond); err != nil {
-		return nil, fmt.Errorf("lock %s: %w", l.Path(), err)
-	}
-	return func() { l.Close() }, nil
+	return filelock.Lock(ctx, filepath.Join(a.dir, ".lock"))
 }
 
 // run runs one of apt's programs on the private state.

@@ -7,35 +7,19 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"time"
+
+	"github.com/ironclaw-run/ironclaw/internal/filelock"
 
 	"golang.org/x/sys/unix"
 )
 
 // lock holds the store for a change of names and disks.
 func (s *Store) lock(ctx context.Context) (unlock func(), err error) {
-	f, err := os.OpenFile(filepath.Join(s.dir, "lock"), os.O_RDWR|os.O_CREATE, 0o644)
+	unlock, err = filelock.Lock(ctx, filepath.Join(s.dir, "lock"))
 	if err != nil {
 		return nil, fmt.Errorf("lock image store: %w", err)
 	}
-	// flock cannot wait with a context. Whoever holds it moves files, or at
-	// worst reads one disk, so a second look soon is good enough.
-	for {
-		err := flock(f, unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return func() { f.Close() }, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) {
-			f.Close()
-			return nil, fmt.Errorf("lock image store: %w", err)
-		}
-		select {
-		case <-ctx.Done():
-			f.Close()
-			return nil, fmt.Errorf("lock image store: %w", ctx.Err())
-		case <-time.After(50 * time.Millisecond):
-		}
-	}
+	return unlock, nil
 }
 
 // lockDisk makes sure that nobody uses the disk at path and that nobody begins

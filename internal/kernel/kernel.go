@@ -22,7 +22,8 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/gofrs/flock"
+	"github.com/ironclaw-run/ironclaw/internal/filelock"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -187,11 +188,7 @@ func (s *Store) lock(ctx context.Context) (func(), error) {
 	if err := os.MkdirAll(s.dir, 0o755); err != nil {
 		return nil, err
 	}
-	l := flock.New(filepath.Join(s.dir, "lock"))
-	if _, err := l.TryLockContext(ctx, 100*time.Millisecond); err != nil {
-		return nil, fmt.Errorf("lock %s: %w", l.Path(), err)
-	}
-	return func() { l.Close() }, nil
+	return filelock.Lock(ctx, filepath.Join(s.dir, "lock"))
 }
 
 // tempDir makes an unfinished directory in the store's directory sub.

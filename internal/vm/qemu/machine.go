@@ -120,12 +120,10 @@ func (m *machine) lastWords() string {
 // about its guest: after a panic it is 0.
 func (m *machine) reason() string {
 	if _, after, ok := bytes.Cut(m.console.tail(64<<10), []byte(panicMark)); ok {
-		line, _, _ := bytes.Cut(after, []byte("\n"))
-		return strings.TrimRight("the guest's kernel panicked: "+strings.TrimSpace(vm.Printable(line)), ": ")
+		return strings.TrimRight("the guest's kernel panicked: "+firstLine(after), ": ")
 	}
 	if _, after, ok := bytes.Cut(m.console.tail(64<<10), []byte(initMark)); ok {
-		line, _, _ := bytes.Cut(after, []byte("\n"))
-		return "the guest's init gave up: " + strings.TrimSpace(vm.Printable(line))
+		return "the guest's init gave up: " + firstLine(after)
 	}
 	switch {
 	case m.qmp.shutdownReason() == "guest-reset", m.qmp.shutdownReason() == "guest-shutdown":
@@ -134,6 +132,14 @@ func (m *machine) reason() string {
 		return "QEMU stopped the guest: " + m.qmp.shutdownReason()
 	}
 	return describe(m.exitErr)
+}
+
+// firstLine is what can be shown of a console's line, which a guest may make as
+// long as it likes.
+func firstLine(b []byte) string {
+	const most = 200
+	line, _, _ := bytes.Cut(b[:min(len(b), most)], []byte("\n"))
+	return strings.TrimSpace(vm.Printable(line))
 }
 
 // describe turns the error of Cmd.Wait into a sentence.
