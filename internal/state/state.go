@@ -130,10 +130,24 @@ func (e *Entry) write() error {
 	return atomicfile.WriteFile(filepath.Join(e.store.dir, e.record.ID, recordFile), append(b, '\n'), 0o600)
 }
 
-// Release removes the record: nothing of the sandbox exists any more.
+// Release removes the record: nothing of the sandbox exists any more. The record
+// is gone at once: half of one would look like that of a process that has ended.
 func (e *Entry) Release() error {
-	err := os.RemoveAll(filepath.Join(e.store.dir, e.record.ID))
-	return errors.Join(err, e.lock.Close())
+	gone := filepath.Join(e.store.dir, gonePrefix+e.record.ID)
+	err := os.Rename(filepath.Join(e.store.dir, e.record.ID), gone)
+	return errors.Join(err, os.RemoveAll(gone), e.lock.Close())
+}
+
+// gonePrefix begins the name of a record that was released. It is no id.
+const gonePrefix = ".gone-"
+
+// sweep removes released records whose owners ended before they could.
+func (s *Store) sweep() error {
+	left, err := filepath.Glob(filepath.Join(s.dir, gonePrefix+"*"))
+	for _, dir := range left {
+		err = errors.Join(err, os.RemoveAll(dir))
+	}
+	return err
 }
 
 // List returns the records that can be read, held or not.
@@ -176,15 +190,15 @@ func (s *Store) Reconcile() ([]Record, error) {
 		return nil, err
 	}
 	var cleaned []Record
-	var errs []error
+	errs := []error{s.sweep()}
 	for _, r := range records {
 		dir := filepath.Join(s.dir, r.ID)
 		lock, err := tryLock(filepath.Join(dir, lockFile))
 		if err != nil {
-			if !errors.Is(err, unix.EWOULDBLOCK) {
+			if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, os.ErrNotExist) {
 				errs = append(errs, err)
 			}
-			continue // somebody holds it
+			continue // somebody holds it, or has just released it
 		}
 		errs = append(errs, r.VMM.end(), os.RemoveAll(dir))
 		lock.Close()

@@ -225,3 +225,57 @@ func TestStartTime(t *testing.T) {
 		t.Errorf("started at %d, we at %d, %v", other, self, err)
 	}
 }
+
+// A record that is being released is never taken for one whose owner has ended.
+func TestReconcileDuringRelease(t *testing.T) {
+	s := Open(filepath.Join(t.TempDir(), "run"))
+	stop := make(chan struct{})
+	var reconciling, releasing sync.WaitGroup
+	for range 3 {
+		reconciling.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if cleaned, err := s.Reconcile(); err != nil || len(cleaned) != 0 {
+					t.Errorf("%+v, %v", cleaned, err)
+					return
+				}
+			}
+		})
+	}
+	for w := range 3 {
+		releasing.Go(func() {
+			for i := range 100 {
+				e, err := s.Reserve(Record{ID: fmt.Sprintf("s%d-%d", w, i)})
+				if err == nil {
+					err = e.Release()
+				}
+				if err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	releasing.Wait()
+	close(stop)
+	reconciling.Wait()
+}
+
+// What Release did not get to remove is removed by the next command, silently.
+func TestReleaseKilled(t *testing.T) {
+	s := Open(filepath.Join(t.TempDir(), "run"))
+	left := filepath.Join(s.dir, gonePrefix+"abc")
+	if err := os.MkdirAll(left, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if cleaned, err := s.Reconcile(); err != nil || len(cleaned) != 0 {
+		t.Errorf("%+v, %v", cleaned, err)
+	}
+	if _, err := os.Stat(left); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("%s: %v", left, err)
+	}
+}
