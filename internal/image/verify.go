@@ -4,23 +4,16 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
-	"strings"
 
-	"golang.org/x/sys/unix"
-
-	"github.com/ironclaw-run/ironclaw/internal/atomicfile"
+	"github.com/ironclaw-run/ironclaw/internal/verifyonce"
 )
 
-const (
-	verifiedSuffix = ".verified"
-	maxVerified    = 4 << 10
-)
+const verifiedSuffix = ".verified"
 
 // Verify reads the whole disk and compares it with its digest. A difference is
 // a *CorruptError.
@@ -33,6 +26,10 @@ func (s *Store) Verify(ctx context.Context, img *Image) error {
 		return fmt.Errorf("verify image %s: %w", img.Name, err)
 	}
 	defer f.Close()
+	return verifyFile(ctx, img, f)
+}
+
+func verifyFile(ctx context.Context, img *Image, f *os.File) error {
 	sum, err := hashFile(ctx, f)
 	if err != nil {
 		return fmt.Errorf("verify image %s: %w", img.Name, err)
@@ -68,58 +65,25 @@ func (r readerWithContext) Read(p []byte) (int, error) {
 	return r.r.Read(p)
 }
 
-// verified is what VerifyOnce remembers about a disk. Any write to the file
-// changes its mtime or ctime, any replacement its inode.
-type verified struct {
-	Boot   string `json:"boot_id"`
-	Size   int64  `json:"size"`
-	Mtime  int64  `json:"mtime_ns"`
-	Ctime  int64  `json:"ctime_ns"`
-	Inode  uint64 `json:"inode"`
-	Device uint64 `json:"device"`
-}
-
 // VerifyOnce is Verify for the first use since the host booted, and a look at
 // the file's size, times and inode afterwards. Where it cannot write down that
 // it did, as in a store of somebody else's, it verifies each time.
 func (s *Store) VerifyOnce(ctx context.Context, img *Image) error {
-	before, err := identify(img.Path)
+	if err := checkDisk(img); err != nil {
+		return err
+	}
+	f, err := os.Open(img.Path)
 	if err != nil {
 		return fmt.Errorf("verify image %s: %w", img.Name, err)
 	}
-	memo := img.Path + verifiedSuffix
-	var known verified
-	if b, err := atomicfile.ReadFile(memo, maxVerified); err == nil &&
-		json.Unmarshal(b, &known) == nil && known == before {
-		return checkDisk(img)
-	}
-	if err := s.Verify(ctx, img); err != nil {
-		return err
-	}
-	if after, err := identify(img.Path); err != nil || after != before {
+	defer f.Close()
+	err = verifyonce.Files(ctx, img.Path+verifiedSuffix, func(ctx context.Context) error {
+		return verifyFile(ctx, img, f)
+	}, f)
+	if _, ok := errors.AsType[*verifyonce.ChangedError](err); ok {
 		return &CorruptError{Path: img.Path, What: "it changed while it was read"}
 	}
-	b, err := json.Marshal(before)
-	if err != nil {
-		return err
-	}
-	_ = atomicfile.WriteFile(memo, append(b, '\n'), 0o644) // only costs time the next time
-	return nil
-}
-
-func identify(path string) (verified, error) {
-	boot, err := atomicfile.ReadFile("/proc/sys/kernel/random/boot_id", 128)
-	if err != nil {
-		return verified{}, err
-	}
-	var st unix.Stat_t
-	if err := unix.Stat(path, &st); err != nil {
-		return verified{}, &os.PathError{Op: "stat", Path: path, Err: err}
-	}
-	return verified{
-		Boot: strings.TrimSpace(string(boot)), Size: st.Size,
-		Mtime: st.Mtim.Nano(), Ctime: st.Ctim.Nano(), Inode: st.Ino, Device: uint64(st.Dev),
-	}, nil
+	return err
 }
 
 // checkDisk looks at the size and the superblock of the disk.
