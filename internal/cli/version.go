@@ -22,7 +22,11 @@ func (a *app) versionCommand() *cobra.Command {
 		Args:  args(cobra.NoArgs),
 		RunE: func(*cobra.Command, []string) error {
 			fmt.Fprintf(a.stdout, "ironclaw %s\n", version())
-			agent, err := kernel.Agent()
+			builtIn, err := kernel.BuiltInAgent()
+			if err != nil {
+				return err
+			}
+			agent, err := builtIn.Program()
 			if err != nil {
 				return err
 			}

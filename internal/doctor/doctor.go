@@ -66,11 +66,15 @@ func Examine(ctx context.Context, h *sandbox.Host, progress func(string)) []Chec
 
 func agent() Check {
 	c := Check{Name: "guest agent", Status: OK}
-	b, err := kernel.Agent()
+	var program []byte
+	a, err := kernel.BuiltInAgent()
+	if err == nil {
+		program, err = a.Program()
+	}
 	if err != nil {
 		return Check{c.Name, Missing, err.Error(), "make build"}
 	}
-	c.Detail = fmt.Sprintf("built in, %d bytes", len(b))
+	c.Detail = fmt.Sprintf("built in, %d bytes", len(program))
 	return c
 }
 

@@ -94,8 +94,9 @@ func TestEmptyHome(t *testing.T) {
 	if c["link"].Status != OK || c["memory"].Status == Missing {
 		t.Errorf("link %+v, memory %+v", c["link"], c["memory"])
 	}
-	if a, err := kernel.Agent(); err == nil {
-		want(t, c["guest agent"], OK, fmt.Sprint(len(a)), "")
+	if a, err := kernel.BuiltInAgent(); err == nil {
+		program, _ := a.Program()
+		want(t, c["guest agent"], OK, fmt.Sprint(len(program)), "")
 	} else {
 		want(t, c["guest agent"], Missing, "without its guest agent", "make build")
 	}

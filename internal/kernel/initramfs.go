@@ -22,7 +22,7 @@ import (
 
 // initramfsFormat is part of what an initramfs is cached by. Change it with the
 // layout below.
-const initramfsFormat = "ironclaw initramfs 2"
+const initramfsFormat = "ironclaw initramfs 3"
 
 // initramfsDirs are the directories an init mounts something on. Parents first.
 var initramfsDirs = []string{"dev", "proc", "sys", "run", "tmp", "lower", "overlay", "newroot", "modules"}
@@ -39,7 +39,7 @@ var initramfsDirs = []string{"dev", "proc", "sys", "run", "tmp", "lower", "overl
 // the kernel is as good as there. An initramfs is an uncompressed newc archive,
 // because a guest that is emulated spends seconds on decompression, and the same
 // input makes the same bytes.
-func (s *Store) Initramfs(ctx context.Context, k *Kernel, agent []byte, want []string) (string, error) {
+func (s *Store) Initramfs(ctx context.Context, k *Kernel, agent Agent, want []string) (string, error) {
 	path, err := s.initramfs(ctx, k, agent, want)
 	if err != nil {
 		return "", fmt.Errorf("make an initramfs for kernel %s: %w", k.Release, err)
@@ -47,10 +47,7 @@ func (s *Store) Initramfs(ctx context.Context, k *Kernel, agent []byte, want []s
 	return path, nil
 }
 
-func (s *Store) initramfs(ctx context.Context, k *Kernel, agent []byte, want []string) (string, error) {
-	if err := checkAgent(agent); err != nil {
-		return "", fmt.Errorf("the guest agent: %w", err)
-	}
+func (s *Store) initramfs(ctx context.Context, k *Kernel, agent Agent, want []string) (string, error) {
 	key, err := s.initramfsKey(k, agent, want)
 	if err != nil {
 		return "", err
@@ -72,6 +69,10 @@ func (s *Store) initramfs(ctx context.Context, k *Kernel, agent []byte, want []s
 	if err != nil {
 		return "", err
 	}
+	program, err := agent.Program()
+	if err != nil {
+		return "", err
+	}
 	if err := ctx.Err(); err != nil {
 		return "", err
 	}
@@ -79,14 +80,14 @@ func (s *Store) initramfs(ctx context.Context, k *Kernel, agent []byte, want []s
 		return "", err
 	}
 	prune(dir)
-	return path, writeInitramfs(path, agent, modules)
+	return path, writeInitramfs(path, program, modules)
 }
 
 // initramfsKey digests what the initramfs is made of. Modules in the store belong
 // to the kernel and never change; elsewhere they may be built anew at any time.
-func (s *Store) initramfsKey(k *Kernel, agent []byte, want []string) (string, error) {
+func (s *Store) initramfsKey(k *Kernel, agent Agent, want []string) (string, error) {
 	h := sha256.New()
-	parts := []string{initramfsFormat, k.Digest, string(agent), k.Modules}
+	parts := []string{initramfsFormat, k.Digest, agent.id, k.Modules}
 	for _, p := range append(parts, want...) {
 		fmt.Fprintf(h, "%d:%s,", len(p), p)
 	}

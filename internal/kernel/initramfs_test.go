@@ -72,7 +72,7 @@ func TestInitramfs(t *testing.T) {
 	var path string
 	for range 2 {
 		var err error
-		if path, err = Open(t.TempDir()).Initramfs(t.Context(), k, testAgent, want); err != nil {
+		if path, err = Open(t.TempDir()).Initramfs(t.Context(), k, AgentOf(testAgent), want); err != nil {
 			t.Fatal(err)
 		}
 		data, err := os.ReadFile(path)
@@ -121,7 +121,7 @@ func TestInitramfsCache(t *testing.T) {
 	seen := make(map[string]bool)
 	make1 := func(what string, fresh bool, k *Kernel, agent []byte, want ...string) {
 		t.Helper()
-		path, err := s.Initramfs(t.Context(), k, agent, want)
+		path, err := s.Initramfs(t.Context(), k, AgentOf(agent), want)
 		if err != nil {
 			t.Fatalf("%s: %v", what, err)
 		}
@@ -144,10 +144,10 @@ func TestInitramfsCache(t *testing.T) {
 	make1("a module built anew", true, k, testAgent, "virtio", "overlay")
 
 	for want, err := range map[string]error{
-		"not ELF":      second(s.Initramfs(t.Context(), k, nil, nil)),
-		"not ELF ":     second(s.Initramfs(t.Context(), k, []byte("#!/bin/sh"), nil)),
-		"nosuch":       second(s.Initramfs(t.Context(), k, testAgent, []string{"nosuch"})),
-		"no such file": second(s.Initramfs(t.Context(), &Kernel{Release: "x", Modules: "/nosuch"}, testAgent, nil)),
+		"not ELF":      second(s.Initramfs(t.Context(), k, AgentOf(nil), nil)),
+		"not ELF ":     second(s.Initramfs(t.Context(), k, AgentOf([]byte("#!/bin/sh")), nil)),
+		"nosuch":       second(s.Initramfs(t.Context(), k, AgentOf(testAgent), []string{"nosuch"})),
+		"no such file": second(s.Initramfs(t.Context(), &Kernel{Release: "x", Modules: "/nosuch"}, AgentOf(testAgent), nil)),
 	} {
 		if err == nil || !strings.Contains(err.Error(), strings.TrimSpace(want)) {
 			t.Errorf("%v; want %q", err, want)
@@ -161,7 +161,11 @@ func TestInitramfsCache(t *testing.T) {
 func second(_ string, err error) error { return err }
 
 func TestAgent(t *testing.T) {
-	data, err := Agent()
+	var data []byte
+	a, err := BuiltInAgent()
+	if err == nil {
+		data, err = a.Program()
+	}
 	_, statErr := os.Stat("agent/ironclaw-init")
 	if (err == nil) != (statErr == nil) {
 		t.Fatalf("Agent: %d bytes, %v; the file: %v", len(data), err, statErr)

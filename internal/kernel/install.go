@@ -70,7 +70,7 @@ func (s *Store) install(ctx context.Context, a *apt.Apt, progress func(step stri
 		return nil, err
 	}
 	dir := filepath.Join(packages, packagesID(set))
-	if k, err := readKernel(dir); err == nil {
+	if k, err := readWholeKernel(dir); err == nil {
 		return k, s.setCurrent(dir)
 	}
 	tmp, err := s.tempDir("packages")

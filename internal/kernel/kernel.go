@@ -118,9 +118,19 @@ const (
 	maxManifest     = 8 << 20
 )
 
-// readKernel reads a directory's manifest and verifies that its files are there
-// and of the size recorded.
+// readKernel reads a directory's manifest and verifies that its kernel is there
+// and of the size recorded. Its modules, which are hundreds, are looked at when an
+// initramfs is made of them.
 func readKernel(dir string) (*Kernel, error) {
+	return checkKernel(dir, func(name string) bool { return name == elfName })
+}
+
+// readWholeKernel is readKernel that looks at all files.
+func readWholeKernel(dir string) (*Kernel, error) {
+	return checkKernel(dir, func(string) bool { return true })
+}
+
+func checkKernel(dir string, check func(name string) bool) (*Kernel, error) {
 	f, err := os.Open(filepath.Join(dir, manifestName))
 	if err != nil {
 		return nil, err
@@ -135,10 +145,13 @@ func readKernel(dir string) (*Kernel, error) {
 	}
 	elf := false
 	for _, file := range m.Files {
-		path := filepath.Join(dir, file.Path)
 		if !filepath.IsLocal(file.Path) {
 			return nil, fmt.Errorf("read %s: %s is outside of it", f.Name(), file.Path)
 		}
+		if !check(file.Path) {
+			continue
+		}
+		path := filepath.Join(dir, file.Path)
 		info, err := os.Lstat(path)
 		if err != nil {
 			return nil, err
