@@ -5,6 +5,7 @@ package cli
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/signal"
@@ -85,7 +86,7 @@ func (a *app) root(signals chan os.Signal) *cobra.Command {
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return &usageError{err, verbOf(cmd)}
 	})
-	root.AddCommand(a.runCommand(signals), a.setupCommand(), a.doctorCommand(), a.imageCommand(),
+	root.AddCommand(a.runCommand(signals), a.setupCommand(), a.doctorCommand(), a.imageCommand(), a.templateCommand(),
 		a.benchCommand(), a.versionCommand())
 	return root
 }
@@ -117,6 +118,13 @@ func (a *app) host() (*sandbox.Host, error) {
 		return nil, err
 	}
 	h := sandbox.Open(home)
+	if limit := os.Getenv(limitEnv); limit != "" {
+		n, err := parseSize(limit)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", limitEnv, err)
+		}
+		h.LimitTemplates(n)
+	}
 	cleaned, err := h.Reconcile()
 	for _, r := range cleaned {
 		a.ui.note("removed what was left of sandbox %s, whose process had ended", r.ID)

@@ -23,8 +23,10 @@ type runResult struct {
 	TimedOut bool               `json:"timed_out"`
 	Error    string             `json:"error,omitempty"`
 	CPU      float64            `json:"cpu_ms"`     // of the command, user and system
+	Cloned   bool               `json:"cloned"`     // from a template, not booted
 	Timings  map[string]float64 `json:"timings_ms"` // of ironclaw, by phase
-	Guest    map[string]float64 `json:"guest_ms"`   // of the guest's boot, since its kernel's start
+	VMM      map[string]float64 `json:"vmm_ms"`     // moments since the VMM was started
+	Guest    map[string]float64 `json:"guest_ms"`   // of the guest's boot, since its kernel's start; not of a clone
 	Total    float64            `json:"total_ms"`
 }
 
@@ -32,6 +34,7 @@ func (r *runner) reportJSON(err error) {
 	res := runResult{
 		Code:    r.app.code,
 		Timings: make(map[string]float64),
+		VMM:     make(map[string]float64),
 		Guest:   make(map[string]float64),
 		Total:   ms(time.Since(r.begun)),
 	}
@@ -46,10 +49,21 @@ func (r *runner) reportJSON(err error) {
 		info, t := s.Machine().Info(), s.Hello().Timings
 		res.ID, res.Image, res.Kernel = s.ID(), s.Image().Digest, s.Kernel().Release
 		res.Driver, res.Accel, res.Link = info.Driver, info.Accel, info.Link
-		for name, d := range map[string]time.Duration{
-			"init": t.Init, "modules": t.Modules, "root": t.Root, "agent": t.Agent, "hello": t.Hello,
+		res.Cloned = info.Cloned
+		for name, at := range map[string]time.Duration{
+			"ready": info.Ready, "running": info.Running,
+			"hello": since(info.Started, r.created), "started": since(info.Started, r.started), "first_output": since(info.Started, r.firstOutput()),
 		} {
-			res.Guest[name] = ms(d)
+			if at > 0 {
+				res.VMM[name] = ms(at)
+			}
+		}
+		if !info.Cloned {
+			for name, d := range map[string]time.Duration{
+				"init": t.Init, "modules": t.Modules, "root": t.Root, "agent": t.Agent, "hello": t.Hello,
+			} {
+				res.Guest[name] = ms(d)
+			}
 		}
 	}
 	if r.ended {
@@ -60,6 +74,14 @@ func (r *runner) reportJSON(err error) {
 	a.ui.mu.Lock()
 	defer a.ui.mu.Unlock()
 	writeJSON(a.ui.w, res, "")
+}
+
+// since is the time from begun to at; less than nothing if at never came.
+func since(begun, at time.Time) time.Duration {
+	if at.IsZero() {
+		return -1
+	}
+	return at.Sub(begun)
 }
 
 // writeJSON prints v; indent is "" for one line.

@@ -81,6 +81,8 @@ func (a *app) runCommand(signals chan os.Signal) *cobra.Command {
 	fl.StringVar(&f.opts.Link, "link", "auto", "auto, vsock or serial")
 	fl.StringVar(&f.opts.Kernel, "kernel", "", "kernel image to boot: a bzImage or ELF file")
 	fl.StringVar(&f.opts.Modules, "modules", "", "directory with the modules of --kernel (default /lib/modules/RELEASE)")
+	fl.BoolVar(&f.opts.Cold, "cold", false, "boot the machine: neither use a template nor keep one")
+	fl.BoolVar(&f.opts.ASLR, "aslr", false, "randomise addresses in the guest also where emulation makes that slow")
 	fl.BoolVarP(&f.verbose, "verbose", "v", false, "say what is happening and how long it takes")
 	fl.BoolVar(&f.json, "json", false, "result and timings as JSON, the last line of stderr")
 	return cmd
@@ -91,7 +93,7 @@ func (f *runFlags) complete(argv []string) (sandbox.Cmd, error) {
 	bad := func(flag string, err error) error {
 		return &usageError{fmt.Errorf("--%s: %w", flag, err), "run "}
 	}
-	cmd := sandbox.Cmd{Args: argv, Dir: f.workdir, User: f.user, KillAll: true}
+	cmd := sandbox.Cmd{Args: argv, Dir: f.workdir, User: f.user} // what it leaves running ends with the machine
 	var err error
 	if f.opts.Memory, err = parseSize(f.memory); err != nil {
 		return cmd, bad("memory", err)
@@ -160,6 +162,8 @@ type runner struct {
 	stderr *firstWrite
 
 	sandbox    *sandbox.Sandbox
+	created    time.Time // when its guest had answered hello
+	started    time.Time // when the command had been started
 	exit       sandbox.Exit
 	interrupts int  // Ctrl-C so far
 	ended      bool // the command ran and exit is its end
@@ -171,6 +175,13 @@ func (r *runner) phase(p sandbox.Phase) {
 	r.phases = append(r.phases, p)
 	if r.flags.verbose {
 		r.app.ui.line("", fmt.Sprintf("%-14s %8.1f ms", p.Name, ms(p.Duration)))
+	}
+}
+
+// note says under -v what went otherwise than it should and was mended.
+func (r *runner) note(what string) {
+	if r.flags.verbose {
+		r.app.ui.line("note: ", what)
 	}
 }
 
@@ -195,11 +206,13 @@ func (r *runner) run(ctx context.Context, cmd sandbox.Cmd, signals chan os.Signa
 	}
 	r.flags.opts.Progress = r.app.ui.progress
 	r.flags.opts.OnPhase = r.phase
+	r.flags.opts.Note = r.note
 	r.sandbox, err = h.Create(ctx, r.flags.opts)
 	r.app.ui.progress("")
 	if err != nil {
 		return err
 	}
+	r.created = time.Now()
 	defer func() {
 		t := time.Now()
 		r.sandbox.Close()
@@ -223,7 +236,8 @@ func (r *runner) command(ctx context.Context, cmd sandbox.Cmd, signals chan os.S
 		return err
 	}
 	r.phaseSince("start", t)
-	t = time.Now()
+	r.started = time.Now()
+	t = r.started
 	err = r.supervise(ctx, p, r.sandbox.Machine(), r.app.takeSignals(signals, r.flags.tty))
 	if first := r.firstOutput(); !first.IsZero() {
 		r.phase(sandbox.Phase{Name: "first output", Duration: first.Sub(t)})
@@ -321,8 +335,12 @@ func (r *runner) finish(p process, verdict error) error {
 func (r *runner) report(err error) {
 	if r.flags.verbose && r.sandbox != nil {
 		m := r.sandbox.Machine().Info()
-		r.app.ui.line("", fmt.Sprintf("%-14s %8.1f ms  (%s, %s, link %s, kernel %s)", "total",
-			ms(time.Since(r.begun)), m.Driver, m.Accel, m.Link, r.sandbox.Kernel().Release))
+		how := "booted"
+		if m.Cloned {
+			how = "cloned"
+		}
+		r.app.ui.line("", fmt.Sprintf("%-14s %8.1f ms  (%s, %s, %s, link %s, kernel %s)", "total",
+			ms(time.Since(r.begun)), how, m.Driver, m.Accel, m.Link, r.sandbox.Kernel().Release))
 	}
 	if r.flags.json {
 		r.reportJSON(err)

@@ -208,7 +208,7 @@ func TestRunJSON(t *testing.T) {
 	delete(got, "total_ms")
 	want := map[string]any{
 		"exit_code": 137.0, "signal": 9.0, "oom": true, "timed_out": false, "cpu_ms": 3.0,
-		"timings_ms": map[string]any{"boot": 1.5}, "guest_ms": map[string]any{},
+		"timings_ms": map[string]any{"boot": 1.5}, "guest_ms": map[string]any{}, "vmm_ms": map[string]any{}, "cloned": false,
 	}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Errorf("-want +got:\n%s", d)

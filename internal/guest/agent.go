@@ -2,12 +2,12 @@ package guest
 
 import (
 	"crypto/subtle"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
-	"strconv"
 	"sync"
 	"time"
 
@@ -21,12 +21,13 @@ const (
 	headerTimeout = 30 * time.Second // from a stream's start to its whole header
 	ackTimeout    = 10 * time.Second // from the last frame to the host's answer
 	maxExecs      = 256              // commands at once; each has buffers and a thread
+	maxMessage    = 4 << 10          // of an error, in bytes
 )
 
 // Agent serves the operations of package guestrpc.
 type Agent struct {
 	// setUp does what hello asks for. It is called once, before anything runs.
-	setUp func(*guestrpc.Hello) error
+	setUp setUpFunc
 	// jobs confines commands. Only tests, which run on a host they must not
 	// change, leave it nil.
 	jobs  *jobs
@@ -38,14 +39,17 @@ type Agent struct {
 	wg     sync.WaitGroup // streams
 }
 
-func newAgent(setUp func(*guestrpc.Hello) error, j *jobs) *Agent {
+// setUpFunc is told what hello asks for, and how to ask for the time.
+type setUpFunc func(h *guestrpc.Hello, askTime func() (time.Time, error)) error
+
+func newAgent(setUp setUpFunc, j *jobs) *Agent {
 	return &Agent{setUp: setUp, jobs: j, users: systemUsers, execs: make(chan struct{}, maxExecs)}
 }
 
-// RunAgent is the agent's process. args are those that PID 1 gives it. It
+// RunAgent is the agent's process. argv is what that PID 1 gives it. It
 // returns when the link has ended.
-func RunAgent(args []string) error {
-	spec, times, err := parseAgentArgs(args)
+func RunAgent(argv []string) error {
+	args, err := parseAgentArgs(argv)
 	if err != nil {
 		return err
 	}
@@ -62,29 +66,48 @@ func RunAgent(args []string) error {
 	if err := ensureDefaultUser(systemUsers); err != nil {
 		return fmt.Errorf("make the user %s: %w", guestrpc.DefaultUser, err)
 	}
-	m := &machine{overlay: overlayFD, jobs: j}
+	names, err := makeNameFiles("/etc")
+	if err != nil {
+		return fmt.Errorf("make the files of the machine's names: %w", err)
+	}
+	random, err := unix.Open("/dev/urandom", unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open /dev/urandom: %w", err)
+	}
+	// Processes are waited for; the runtime's handler of the signal is only work.
+	if err := defaultSignal(unix.SIGCHLD); err != nil {
+		return fmt.Errorf("reset SIGCHLD: %w", err)
+	}
+	m := &machine{overlay: overlayFD, random: random, jobs: j, names: names}
 	a := newAgent(m.setUp, j)
-	a.times = times
-	l, err := spec.open()
+	a.times = args.Times
+	if args.Warm {
+		if err := a.warm(); err != nil {
+			return fmt.Errorf("prepare to be saved: %w", err)
+		}
+	}
+	l, err := openLink(args.Link)
 	if err != nil {
 		return fmt.Errorf("open the link: %w", err)
 	}
 	return a.Serve(l)
 }
 
-func parseAgentArgs(args []string) (spec linkSpec, t guestrpc.Timings, err error) {
-	if len(args) != 4 {
-		return spec, t, errors.New("the agent is started by PID 1")
+// agentArgs is what PID 1 tells the agent, as one JSON argument.
+type agentArgs struct {
+	Link  string           `json:"link"` // value of ironclaw.link
+	Warm  bool             `json:"warm"` // the machine will be saved before hello
+	Times guestrpc.Timings `json:"times"`
+}
+
+func parseAgentArgs(args []string) (a agentArgs, err error) {
+	if len(args) != 1 {
+		return a, errors.New("the agent is started by PID 1")
 	}
-	for i, d := range []*time.Duration{&t.Init, &t.Modules, &t.Root} {
-		n, err := strconv.ParseInt(args[i+1], 10, 64)
-		if err != nil {
-			return spec, t, err
-		}
-		*d = time.Duration(n)
+	if err := json.Unmarshal([]byte(args[0]), &a); err != nil {
+		return a, err
 	}
-	spec, err = parseLink(args[0])
-	return spec, t, err
+	return a, checkLink(a.Link)
 }
 
 // Serve says hello, then serves the host's streams until the link ends. It owns
@@ -197,8 +220,10 @@ func sendError(conn net.Conn, st *guestrpc.Stream, err error) {
 	if !ok {
 		return
 	}
+	// It may quote what the host sent, and has to fit a frame.
+	e = &guestrpc.Error{Code: e.Code, Message: e.Message[:min(len(e.Message), maxMessage)]}
 	conn.SetDeadline(time.Now().Add(ackTimeout))
-	if st.WriteJSON(guestrpc.FrameError, e) == nil {
+	if st.WriteMessage(guestrpc.FrameError, e) == nil {
 		awaitAck(st)
 	}
 }

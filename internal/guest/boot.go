@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ironclaw-run/ironclaw/internal/guestrpc"
 )
 
 // deviceTimeout bounds the wait for a device that the VMM has promised.
@@ -16,15 +18,9 @@ const deviceTimeout = 30 * time.Second
 
 // boot is the state of PID 1 on its way to the agent.
 type boot struct {
-	link    string // value of ironclaw.link
 	uevents *uevents
-	overlay int // descriptor of the tmpfs that takes the writes
-	times   bootTimes
-}
-
-// bootTimes are handed to the agent, which reports them in its hello.
-type bootTimes struct {
-	init, modules, root time.Duration
+	overlay int       // descriptor of the tmpfs that takes the writes
+	agent   agentArgs // what the agent is told
 }
 
 // Boot is PID 1. It never returns: the machine ends when the agent does, or
@@ -42,7 +38,7 @@ func Boot() {
 	// runtime would otherwise end PID 1, and the machine, at a stray SIGTERM.
 	signal.Notify(make(chan os.Signal, 1))
 
-	b := &boot{times: bootTimes{init: sinceBoot()}}
+	b := &boot{agent: agentArgs{Times: guestrpc.Timings{Init: sinceBoot()}}}
 	for _, step := range b.steps() {
 		if err := step.do(); err != nil {
 			halt(step.what + ": " + err.Error())
@@ -71,6 +67,7 @@ func (b *boot) steps() []step {
 		{"set up cgroups", mountCgroups},
 		{"bring up the loopback", loopbackUp},
 		{"check that there is no network", checkNoNetwork},
+		{"stop the interval timer", stopPIT},
 		{"set limits", setLimits},
 		{"run the agent", b.runAgent},
 	}
@@ -83,14 +80,16 @@ func (b *boot) readCommandLine() error {
 	}
 	for _, word := range strings.Fields(string(line)) {
 		if v, ok := strings.CutPrefix(word, "ironclaw.link="); ok {
-			b.link = v
+			b.agent.Link = v
+		}
+		if word == "ironclaw.warm" {
+			b.agent.Warm = true
 		}
 	}
-	if b.link == "" {
+	if b.agent.Link == "" {
 		return fmt.Errorf("it has no ironclaw.link=")
 	}
-	_, err = parseLink(b.link)
-	return err
+	return checkLink(b.agent.Link)
 }
 
 func (b *boot) openUevents() (err error) {
@@ -100,7 +99,7 @@ func (b *boot) openUevents() (err error) {
 
 func (b *boot) loadModules() error {
 	err := loadModules("/modules")
-	b.times.modules = sinceBoot()
+	b.agent.Times.Modules = sinceBoot()
 	return err
 }
 

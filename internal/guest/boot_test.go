@@ -4,22 +4,20 @@ import (
 	"errors"
 	"io"
 	"os"
-	"strings"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-func TestParseLink(t *testing.T) {
-	if l, err := parseLink("serial"); err != nil || l.vsockPort != 0 {
-		t.Errorf("serial: %v, %v", l, err)
+func TestCheckLink(t *testing.T) {
+	for _, s := range []string{"serial", "vsock"} {
+		if err := checkLink(s); err != nil {
+			t.Errorf("%s: %v", s, err)
+		}
 	}
-	if l, err := parseLink("vsock:1234"); err != nil || l.vsockPort != 1234 {
-		t.Errorf("vsock: %v, %v", l, err)
-	}
-	for _, s := range []string{"", "1234", "vsock", "vsock:", "vsock:0", "vsock:-1", "vsock:4294967296", "tcp:1"} {
-		if _, err := parseLink(s); err == nil {
+	for _, s := range []string{"", "1234", "vsock:1234", "tcp:1"} {
+		if err := checkLink(s); err == nil {
 			t.Errorf("%q is a link", s)
 		}
 	}
@@ -73,15 +71,6 @@ func TestDetect(t *testing.T) {
 		if got, err := detect(name); got != want || (err == nil) != (want != "") {
 			t.Errorf("%q, %v; want %q", got, err, want)
 		}
-	}
-}
-
-func TestHostsFile(t *testing.T) {
-	if got := hostsFile("", "box"); !strings.Contains(got, "127.0.0.1 localhost\n") || !strings.HasSuffix(got, "\n127.0.1.1 box\n") {
-		t.Errorf("%q", got)
-	}
-	if got := hostsFile("127.0.0.1 localhost", "box"); got != "127.0.0.1 localhost\n127.0.1.1 box\n" {
-		t.Errorf("%q", got)
 	}
 }
 

@@ -32,11 +32,14 @@ const cgroupRoot = "/sys/fs/cgroup"
 // in which the child forks on. So the agent lowers its guard for each start
 // (see unguarded), for the millisecond that takes.
 type jobs struct {
-	dir string
+	dir   string
+	pids  int // descriptor of pids.max
+	score int // descriptor of the agent's own oom_score_adj
 
-	mu   sync.Mutex // guards what follows
-	next int
-	left []string // groups of ended commands that had processes left
+	mu    sync.Mutex // guards what follows
+	next  int
+	left  []string // groups of ended commands that had processes left
+	spare *group   // for the next command, nil if there is none
 
 	starting sync.Mutex // held while the agent is unguarded
 }
@@ -63,7 +66,18 @@ func newJobs(root string) (*jobs, error) {
 			return nil, err
 		}
 	}
-	return j, writeControl("/proc/self/oom_score_adj", guardedScore)
+	if j.pids, err = unix.Open(j.dir+"/pids.max", unix.O_WRONLY|unix.O_CLOEXEC, 0); err != nil {
+		return nil, fmt.Errorf("open pids.max: %w", err)
+	}
+	if j.score, err = unix.Open("/proc/self/oom_score_adj", unix.O_WRONLY|unix.O_CLOEXEC, 0); err != nil {
+		return nil, fmt.Errorf("open oom_score_adj: %w", err)
+	}
+	return j, j.setScore(guardedScore)
+}
+
+func (j *jobs) setScore(value string) error {
+	_, err := unix.Write(j.score, []byte(value))
+	return os.NewSyscallError("write oom_score_adj", err)
 }
 
 // commandMemory is what commands may have of a machine whose /proc/meminfo is
@@ -111,11 +125,11 @@ const (
 func (j *jobs) unguarded(start func() error) error {
 	j.starting.Lock()
 	defer j.starting.Unlock()
-	if err := writeControl("/proc/self/oom_score_adj", commandScore); err != nil {
+	if err := j.setScore(commandScore); err != nil {
 		return err
 	}
 	err := start()
-	return errors.Join(err, writeControl("/proc/self/oom_score_adj", guardedScore))
+	return errors.Join(err, j.setScore(guardedScore))
 }
 
 // limitPids limits the processes and threads of all commands. 0 means no limit.
@@ -124,7 +138,8 @@ func (j *jobs) limitPids(n int) error {
 	if n > 0 {
 		value = strconv.Itoa(n)
 	}
-	return writeControl(j.dir+"/pids.max", value)
+	_, err := unix.Write(j.pids, []byte(value))
+	return err
 }
 
 // group is the cgroup of one command.
@@ -132,12 +147,28 @@ type group struct {
 	jobs *jobs
 	dir  string
 	fd   int // of dir, for a process to be born in it
+
+	oom bool // a process of it was killed for memory, which it goes on counting
+}
+
+// prepare makes a group ahead, for the next command.
+func (j *jobs) prepare() error {
+	g, err := j.add()
+	if err != nil {
+		return err
+	}
+	j.keep(g)
+	return nil
 }
 
 // add makes a group, and removes those of old commands that are empty by now.
 func (j *jobs) add() (*group, error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	if g := j.spare; g != nil {
+		j.spare = nil
+		return g, nil
+	}
 	left := j.left[:0]
 	for _, dir := range j.left {
 		if unix.Rmdir(dir) != nil {
@@ -162,8 +193,13 @@ func (j *jobs) add() (*group, error) {
 	return &group{jobs: j, dir: dir, fd: fd}, nil
 }
 
-// release removes the group. If processes are left in it, a later add does.
+// release keeps the group for the next command, if it is as good as new, or
+// removes it; making one takes as long as starting a program. If processes are
+// left in it, a later add removes it.
 func (g *group) release() {
+	if populated, ok := g.event("cgroup.events", "populated"); ok && populated == "0" && !g.oom && g.jobs.keep(g) {
+		return
+	}
 	unix.Close(g.fd)
 	if unix.Rmdir(g.dir) == nil {
 		return
@@ -173,13 +209,25 @@ func (g *group) release() {
 	g.jobs.left = append(g.jobs.left, g.dir)
 }
 
+// keep makes g the spare group, if there is none.
+func (j *jobs) keep(g *group) bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.spare != nil {
+		return false
+	}
+	j.spare = g
+	return true
+}
+
 // kill ends every process of the group. None can fork its way out.
 func (g *group) kill() error { return writeControl(g.dir+"/cgroup.kill", "1") }
 
 // outOfMemory reports whether a process of the group was killed for memory.
 func (g *group) outOfMemory() bool {
 	n, ok := g.event("memory.events", "oom_kill")
-	return ok && n != "0"
+	g.oom = ok && n != "0"
+	return g.oom
 }
 
 // waitEmpty waits until the group has no living process.

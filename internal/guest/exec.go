@@ -6,6 +6,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ironclaw-run/ironclaw/internal/guestrpc"
 )
 
@@ -64,7 +66,7 @@ func newExecution(conn net.Conn, st *guestrpc.Stream, req *guestrpc.Exec, p *pro
 	x := &execution{conn: conn, st: st, req: req, proc: p, stdio: s}
 	if s.in != nil {
 		x.input = newInput(s.in, s.tty, func(n int) error {
-			return st.WriteJSON(guestrpc.FrameWindow, guestrpc.Window{Bytes: n})
+			return st.WriteMessage(guestrpc.FrameWindow, &guestrpc.Window{Bytes: n})
 		})
 	}
 	x.addOutput(s.out, guestrpc.FrameStdout)
@@ -83,7 +85,7 @@ func (x *execution) addOutput(r *os.File, t guestrpc.Type) {
 // run follows the process to its end and says how it was.
 func (x *execution) run() error {
 	x.spawn(&x.reader, x.readFrames)
-	if err := x.st.WriteJSON(guestrpc.FrameStarted, guestrpc.Started{PID: x.proc.pid}); err != nil {
+	if err := x.st.WriteMessage(guestrpc.FrameStarted, &guestrpc.Started{PID: x.proc.pid}); err != nil {
 		x.fail(err)
 	}
 	if x.input != nil {
@@ -106,9 +108,11 @@ func (x *execution) run() error {
 	if x.req.KillAll {
 		x.proc.gone()
 	}
-	exit.OOM = x.proc.outOfMemory()
+	if exit.Signal == int(unix.SIGKILL) { // as the kernel ends who is out of memory
+		exit.OOM = x.proc.outOfMemory()
+	}
 	x.conn.SetReadDeadline(time.Now().Add(ackTimeout))
-	err = x.st.WriteJSON(guestrpc.FrameExit, exit)
+	err = x.st.WriteMessage(guestrpc.FrameExit, &exit)
 	x.reader.Wait() // it ends at the host's answer
 	return err
 }

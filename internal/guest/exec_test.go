@@ -283,7 +283,7 @@ func TestCreditComesBack(t *testing.T) {
 		returned += w.Bytes
 	}
 	wg.Wait()
-	s.WriteJSON(guestrpc.FrameSignal, guestrpc.Signal{Number: 15})
+	s.WriteMessage(guestrpc.FrameSignal, &guestrpc.Signal{Number: 15})
 	if r := s.wait(); r.exit.Signal != 15 {
 		t.Errorf("%+v", r.exit)
 	}
@@ -338,7 +338,7 @@ func TestSignalPastJammedInput(t *testing.T) {
 		var wg sync.WaitGroup
 		wg.Go(func() { s.write(make([]byte, 2<<20), done) })
 		time.Sleep(50 * time.Millisecond) // let it jam
-		s.WriteJSON(guestrpc.FrameSignal, guestrpc.Signal{Number: 15, Group: group})
+		s.WriteMessage(guestrpc.FrameSignal, &guestrpc.Signal{Number: 15, Group: group})
 		r := s.wait()
 		close(done)
 		wg.Wait()
@@ -353,14 +353,14 @@ func TestSignals(t *testing.T) {
 	s := h.sh("trap 'echo caught; exit 3' USR1; echo ready; while :; do sleep 0.05; done")
 	s.started()
 	s.next() // ready
-	s.WriteJSON(guestrpc.FrameSignal, guestrpc.Signal{Number: int(unix.SIGUSR1)})
+	s.WriteMessage(guestrpc.FrameSignal, &guestrpc.Signal{Number: int(unix.SIGUSR1)})
 	if r := s.wait(); string(r.stdout) != "caught\n" || r.exit.Code != 3 {
 		t.Errorf("%q %+v", r.stdout, r.exit)
 	}
 	for _, n := range []int{0, -9, 65, 1 << 30} {
 		s := h.exec(&guestrpc.Exec{Args: []string{"sleep", "1000"}})
 		pid := s.started()
-		s.WriteJSON(guestrpc.FrameSignal, guestrpc.Signal{Number: n})
+		s.WriteMessage(guestrpc.FrameSignal, &guestrpc.Signal{Number: n})
 		wantError(t, s.stream, guestrpc.ErrBadRequest)
 		waitGone(t, pid)
 	}

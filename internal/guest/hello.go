@@ -4,10 +4,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"net"
-	"os"
 	"strconv"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -32,7 +31,7 @@ func (a *Agent) hello(conn net.Conn, l link.Guest) (streams net.Listener, err er
 		if err := checkHello(h); err != nil {
 			return err
 		}
-		if err := a.setUp(h.Hello); err != nil {
+		if err := a.setUp(h.Hello, func() (time.Time, error) { return askTime(st) }); err != nil {
 			return guestrpc.Errorf(guestrpc.CodeInternal, "%v", err)
 		}
 		a.secret = h.Hello.Secret
@@ -55,7 +54,7 @@ func (a *Agent) answerHello(conn net.Conn, st *guestrpc.Stream, nonce string) er
 	}
 	a.times.Hello = sinceBoot()
 	conn.SetDeadline(time.Now().Add(ackTimeout))
-	err := st.WriteJSON(guestrpc.FrameHello, guestrpc.HelloReply{
+	err := st.WriteMessage(guestrpc.FrameHello, &guestrpc.HelloReply{
 		Version: guestrpc.Version,
 		Nonce:   nonce,
 		Kernel:  unix.ByteSliceToString(u.Release[:]),
@@ -79,8 +78,6 @@ func checkHello(h *guestrpc.Header) error {
 		return bad("the secret is not of 32 bytes")
 	case len(m.Entropy) < 32 || len(m.Entropy) > 4096:
 		return bad("the entropy is not of 32 to 4096 bytes")
-	case m.Now.Unix() <= 0:
-		return bad("no time")
 	case !validHostname(m.Hostname):
 		return bad("bad host name")
 	case m.Overlay < 0 || m.Pids < 0:
@@ -101,17 +98,23 @@ func validHostname(s string) bool {
 	return true
 }
 
-// machine is the state of the guest that hello sets.
+// machine is the state of the guest that hello sets. Whatever can be is open by
+// then: see nameFiles.
 type machine struct {
 	overlay int // descriptor of the overlay's tmpfs
+	random  int // descriptor of /dev/urandom
 	jobs    *jobs
+	names   *nameFiles
 }
 
-func (m *machine) setUp(h *guestrpc.Hello) error {
+// setUp makes the machine one of its own, which others that were started from the
+// same snapshot are not. Random numbers come first: the rest is made of them.
+func (m *machine) setUp(h *guestrpc.Hello, askTime func() (time.Time, error)) error {
 	for _, s := range []step{
-		{"set the clock", func() error { return setClock(h.Now) }},
-		{"add entropy", func() error { return addEntropy(h.Entropy) }},
-		{"set the host name", func() error { return setHostname(h.Hostname) }},
+		{"add entropy", func() error { return addEntropy(m.random, h.Entropy) }},
+		{"set the clock", func() error { return setClock(askTime) }},
+		{"set the machine id", m.names.setMachineID},
+		{"set the host name", func() error { return m.names.setHostname(h.Hostname) }},
 		{"set the size of the overlay", func() error { return m.resizeOverlay(h.Overlay) }},
 		{"limit processes", func() error { return m.jobs.limitPids(h.Pids) }},
 	} {
@@ -122,55 +125,72 @@ func (m *machine) setUp(h *guestrpc.Hello) error {
 	return nil
 }
 
-func setClock(now time.Time) error {
-	ts, err := unix.TimeToTimespec(now)
-	if err != nil {
-		return err
+func askTime(st *guestrpc.Stream) (time.Time, error) {
+	if err := st.WriteFrame(guestrpc.FrameClock, nil); err != nil {
+		return time.Time{}, err
 	}
-	return unix.ClockSettime(unix.CLOCK_REALTIME, &ts)
+	f, err := st.ReadFrame()
+	if err != nil {
+		return time.Time{}, err
+	}
+	var c guestrpc.Clock
+	if f.Type != guestrpc.FrameClock {
+		return time.Time{}, fmt.Errorf("frame of type %d in place of the time", f.Type)
+	}
+	if err := f.Decode(&c); err != nil {
+		return time.Time{}, err
+	}
+	if c.Now.Unix() <= 0 {
+		return time.Time{}, errors.New("no time")
+	}
+	return c.Now, nil
 }
 
-// addEntropy feeds the kernel's generator and makes it use that at once: clones
-// of one snapshot would otherwise draw the same numbers.
-func addEntropy(entropy []byte) error {
-	f, err := os.OpenFile("/dev/urandom", os.O_WRONLY, 0)
-	if err != nil {
-		return err
+// clockRoundTrip is how long an answer may take to be believed at once. The
+// clock is then wrong by half of it at most.
+const clockRoundTrip = 20 * time.Millisecond
+
+// setClock sets the clock to the host's, from the quickest of a few answers: a
+// host under load may stop the machine between any two instructions.
+func setClock(ask func() (time.Time, error)) error {
+	best := time.Duration(math.MaxInt64)
+	for range guestrpc.MaxClock {
+		asked := time.Now()
+		now, err := ask()
+		if err != nil {
+			return err
+		}
+		took := time.Since(asked)
+		if took >= best {
+			continue
+		}
+		best = took
+		ts, err := unix.TimeToTimespec(now.Add(took / 2))
+		if err != nil {
+			return err
+		}
+		if err := unix.ClockSettime(unix.CLOCK_REALTIME, &ts); err != nil {
+			return err
+		}
+		if took <= clockRoundTrip {
+			break
+		}
 	}
-	defer f.Close()
+	return nil
+}
+
+// addEntropy feeds the kernel's generator, which random is an open device of, and
+// makes it use that at once: clones of one snapshot would otherwise draw the same
+// numbers.
+func addEntropy(random int, entropy []byte) error {
 	// struct rand_pool_info: bits of credit, bytes, the bytes.
 	pool := binary.NativeEndian.AppendUint32(nil, uint32(len(entropy)*8))
 	pool = binary.NativeEndian.AppendUint32(pool, uint32(len(entropy)))
 	pool = append(pool, entropy...)
-	if err := ioctlBytes(int(f.Fd()), unix.RNDADDENTROPY, pool); err != nil {
+	if err := ioctlBytes(random, unix.RNDADDENTROPY, pool); err != nil {
 		return err
 	}
-	return unix.IoctlSetInt(int(f.Fd()), unix.RNDRESEEDCRNG, 0)
-}
-
-func setHostname(name string) error {
-	if err := unix.Sethostname([]byte(name)); err != nil {
-		return err
-	}
-	if err := os.Mkdir("/etc", 0o755); err != nil && !errors.Is(err, os.ErrExist) {
-		return err
-	}
-	if err := replaceFile("/etc/hostname", name+"\n"); err != nil {
-		return err
-	}
-	hosts, err := readFile("/etc/hosts")
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	return replaceFile("/etc/hosts", hostsFile(hosts, name))
-}
-
-func hostsFile(old, name string) string {
-	if !strings.Contains(old, "localhost") {
-		old = withLine(old, "127.0.0.1 localhost")
-		old = withLine(old, "::1 localhost ip6-localhost")
-	}
-	return withLine(old, "127.0.1.1 "+name)
+	return unix.IoctlSetInt(random, unix.RNDRESEEDCRNG, 0)
 }
 
 // resizeOverlay gives the overlay its size. Its mount is detached, so no path

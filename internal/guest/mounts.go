@@ -196,7 +196,7 @@ func (b *boot) switchRoot() error {
 	if err := os.Chdir("/"); err != nil {
 		return err
 	}
-	b.times.root = sinceBoot()
+	b.agent.Times.Root = sinceBoot()
 	return nil
 }
 

@@ -148,6 +148,7 @@ func (p *process) gone() {
 	}
 }
 
+// outOfMemory reports whether a process of the command was killed for memory.
 func (p *process) outOfMemory() bool { return p.group != nil && p.group.outOfMemory() }
 
 func (p *process) release() {

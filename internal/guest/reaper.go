@@ -1,8 +1,8 @@
 package guest
 
 import (
+	"encoding/json"
 	"fmt"
-	"strconv"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -37,20 +37,22 @@ func (b *boot) runAgent() error {
 }
 
 func (b *boot) startAgent() (int, error) {
+	args, err := json.Marshal(b.agent)
+	if err != nil {
+		return 0, err
+	}
 	// The file behind /proc/self/exe has been deleted; the link still leads to it.
-	pid, _, err := syscall.StartProcess("/proc/self/exe", append([]string{"ironclaw-agent", AgentArg, b.link}, b.times.args()...), &syscall.ProcAttr{
-		Dir:   "/",
-		Env:   []string{"PATH=" + defaultPath},
+	pid, _, err := syscall.StartProcess("/proc/self/exe", []string{"ironclaw-agent", AgentArg, string(args)}, &syscall.ProcAttr{
+		Dir: "/",
+		Env: []string{
+			"PATH=" + defaultPath,
+			// The agent has no long loops; under emulation the runtime takes any
+			// step for one and sends signals to interrupt it. And the number of
+			// processors does not change.
+			"GODEBUG=asyncpreemptoff=1,updatemaxprocs=0",
+		},
 		Files: []uintptr{0, 1, 2, uintptr(b.overlay)},
 		Sys:   &syscall.SysProcAttr{Setsid: true},
 	})
 	return pid, err
-}
-
-func (t bootTimes) args() []string {
-	return []string{
-		strconv.FormatInt(int64(t.init), 10),
-		strconv.FormatInt(int64(t.modules), 10),
-		strconv.FormatInt(int64(t.root), 10),
-	}
 }

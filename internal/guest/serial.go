@@ -5,7 +5,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -19,34 +18,39 @@ import (
 // serialName is what the host calls the port that is the link.
 const serialName = "ironclaw.link"
 
-var errBadLink = errors.New("ironclaw.link is neither serial nor vsock:PORT")
+// Values of ironclaw.link.
+const (
+	linkSerial = "serial"
+	linkVsock  = "vsock"
+)
 
-// linkSpec says what the link runs over.
-type linkSpec struct {
-	vsockPort uint32 // of the host; 0 means virtio-serial
+func checkLink(name string) error {
+	if name != linkSerial && name != linkVsock {
+		return errors.New("ironclaw.link is neither serial nor vsock")
+	}
+	return nil
 }
 
-func parseLink(s string) (linkSpec, error) {
-	if s == "serial" {
-		return linkSpec{}, nil
-	}
-	digits, ok := strings.CutPrefix(s, "vsock:")
-	port, err := strconv.ParseUint(digits, 10, 32)
-	if !ok || err != nil || port == 0 {
-		return linkSpec{}, errBadLink
-	}
-	return linkSpec{vsockPort: uint32(port)}, nil
-}
-
-func (l linkSpec) open() (link.Guest, error) {
-	if l.vsockPort != 0 {
-		return link.GuestVsock(guestrpc.PortHello, l.vsockPort), nil
+func openLink(name string) (link.Guest, error) {
+	if name == linkVsock {
+		return link.GuestVsock(guestrpc.PortHello, vsockHostPort), nil
 	}
 	port, err := openSerial()
 	if err != nil {
 		return nil, err
 	}
 	return link.NewMux(port, link.GuestSide), nil
+}
+
+// vsockHostPort is where the host waits for our call: at the port that has the
+// number of our address, which changes when a saved machine is started again.
+func vsockHostPort() (uint32, error) {
+	f, err := os.Open("/dev/vsock")
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	return unix.IoctlGetUint32(int(f.Fd()), unix.IOCTL_VM_SOCKETS_GET_LOCAL_CID)
 }
 
 // openSerial waits for the port: the host names it in a message of its own,

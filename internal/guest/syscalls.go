@@ -60,3 +60,15 @@ func openPeer(master int) (int, error) {
 	}
 	return int(fd), nil
 }
+
+// defaultSignal gives a signal back its default action, past the runtime, which
+// takes all of them for its own. Package signal would ignore SIGCHLD instead, and
+// the kernel would then reap for us.
+func defaultSignal(s unix.Signal) error {
+	var action [4]uintptr // struct kernel_sigaction: SIG_DFL, no flags, no restorer, no mask
+	_, _, e := unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(s), uintptr(unsafe.Pointer(&action)), 0, 8, 0, 0)
+	if e != 0 {
+		return e
+	}
+	return nil
+}

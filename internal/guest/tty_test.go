@@ -26,7 +26,7 @@ func TestTTYResize(t *testing.T) {
 	s := h.exec(&guestrpc.Exec{Args: []string{"sh", "-c", "trap 'stty size; exit' WINCH; echo ready; while :; do sleep 0.05; done"}, TTY: &guestrpc.Resize{}})
 	s.started()
 	s.next()
-	s.WriteJSON(guestrpc.FrameResize, guestrpc.Resize{Rows: 7, Cols: 9})
+	s.WriteMessage(guestrpc.FrameResize, &guestrpc.Resize{Rows: 7, Cols: 9})
 	if r := s.wait(); !strings.Contains(string(r.stdout), "7 9") {
 		t.Errorf("%q", r.stdout)
 	}

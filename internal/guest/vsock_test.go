@@ -62,8 +62,8 @@ func TestAgentOverVsock(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := link.GuestVsock(guestrpc.PortHello, sa.(*unix.SockaddrVM).Port)
-	a := testAgent(t, func(*guestrpc.Hello) error { return nil })
+	l := link.GuestVsock(guestrpc.PortHello, func() (uint32, error) { return sa.(*unix.SockaddrVM).Port, nil })
+	a := testAgent(t, func(*guestrpc.Hello, func() (time.Time, error)) error { return nil })
 	served := make(chan error, 1)
 	go func() { served <- a.Serve(l) }()
 
@@ -117,7 +117,7 @@ func (fileConn) RemoteAddr() net.Addr { return nil }
 // Nobody listens: the agent must hear of it, not wait.
 func TestVsockHostMissing(t *testing.T) {
 	needVsockLoopback(t)
-	l := link.GuestVsock(guestrpc.PortHello, 0xfffe)
+	l := link.GuestVsock(guestrpc.PortHello, func() (uint32, error) { return 0xfffe, nil })
 	defer l.Close()
 	start := time.Now()
 	err := testAgent(t, nil).Serve(l)

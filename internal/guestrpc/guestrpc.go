@@ -9,17 +9,18 @@
 // never does.
 //
 // A stream begins with one header from the host: four bytes, big endian, the
-// length of the JSON that follows ([Header]). Everything after it, in both
-// directions, is frames: one byte of type, four bytes of length (big endian),
-// the payload. Lengths are checked against [MaxHeader] and [MaxFrame] before
-// anything is allocated.
+// length of the [Header] that follows. Everything after it, in both directions,
+// is frames: one byte of type, four bytes of length (big endian), the payload.
+// Lengths are checked against [MaxHeader] and [MaxFrame] before anything is
+// allocated. How headers and payloads are made of bytes is said at [Message].
 //
 // # Operations
 //
 // hello: the first operation of a machine, on port [PortHello]. The host sends
-// the clock, entropy, the host name and a secret; the guest answers with one
-// [FrameHello]. Every later header carries the secret, so that another process
-// of the host which can reach the guest's port cannot speak to the agent.
+// entropy, the host name and a secret. The guest asks for the time with an empty
+// [FrameClock], at most [MaxClock] times, and answers with one [FrameHello]. Every
+// later header carries the secret, so that another process of the host which can
+// reach the guest's port cannot speak to the agent.
 //
 // ping: the guest echoes every [FrameData] until the host sends an empty one.
 //
@@ -44,14 +45,13 @@
 package guestrpc
 
 import (
-	"encoding/json"
 	"fmt"
 	"time"
 )
 
 // Version is the protocol's version. The agent travels with the host program,
 // so the two are always equal; a mismatch means a wrong initramfs.
-const Version = 1
+const Version = 2
 
 // Ports of the guest agent.
 const (
@@ -63,11 +63,13 @@ const (
 
 // Limits of what either side accepts.
 const (
-	// MaxHeader bounds a header's JSON, in bytes. Linux allows 128 KiB for one
+	// MaxHeader bounds a header, in bytes. Linux allows 128 KiB for one
 	// argument and about 2 MiB for all of them together.
 	MaxHeader = 4 << 20
 	// MaxFrame bounds a frame's payload, in bytes.
 	MaxFrame = 64 << 10
+	// MaxClock is how often a guest may ask for the time.
+	MaxClock = 8
 	// StdinWindow is how much input may be under way for one process, in bytes.
 	StdinWindow = 1 << 20
 )
@@ -78,17 +80,18 @@ type Type uint8
 // Types of frames. The numbers are the wire's; they never change meaning.
 const (
 	FrameStdin   Type = 1  // host: bytes for the process; empty means end of input
-	FrameResize  Type = 2  // host: JSON [Resize]
-	FrameSignal  Type = 3  // host: JSON [Signal]
+	FrameResize  Type = 2  // host: [Resize]
+	FrameSignal  Type = 3  // host: [Signal]
 	FrameAck     Type = 4  // host: the guest's last frame has arrived; empty
 	FrameData    Type = 5  // both: bytes of a ping
-	FrameHello   Type = 16 // guest: JSON [HelloReply]; last frame
-	FrameStarted Type = 17 // guest: JSON [Started]
+	FrameClock   Type = 6  // guest: what time is it, empty; host: [Clock]
+	FrameHello   Type = 16 // guest: [HelloReply]; last frame
+	FrameStarted Type = 17 // guest: [Started]
 	FrameStdout  Type = 18 // guest: bytes the process wrote
 	FrameStderr  Type = 19 // guest: bytes the process wrote
-	FrameWindow  Type = 20 // guest: JSON [Window]
-	FrameExit    Type = 21 // guest: JSON [Exit]; last frame
-	FrameError   Type = 22 // guest: JSON [Error]; last frame
+	FrameWindow  Type = 20 // guest: [Window]
+	FrameExit    Type = 21 // guest: [Exit]; last frame
+	FrameError   Type = 22 // guest: [Error]; last frame
 )
 
 // Op names an operation.
@@ -103,52 +106,56 @@ const (
 
 // Header opens a stream. Exactly the field that Op names is set.
 type Header struct {
-	Version int    `json:"version"`
-	Op      Op     `json:"op"`
-	Secret  []byte `json:"secret,omitempty"` // as given in Hello; not on hello itself
-	Hello   *Hello `json:"hello,omitempty"`
-	Exec    *Exec  `json:"exec,omitempty"`
+	Version int
+	Op      Op
+	Secret  []byte // as given in Hello; not on hello itself
+	Hello   *Hello
+	Exec    *Exec
 }
 
 // Hello is what a machine is told before anything runs in it.
 type Hello struct {
-	Secret   []byte    `json:"secret"`   // 32 bytes; every later header repeats it
-	Entropy  []byte    `json:"entropy"`  // at least 32 bytes, fed to the kernel's generator
-	Now      time.Time `json:"now"`      // the host's clock at the time of sending
-	Hostname string    `json:"hostname"` // valid as a sandbox id
-	Nonce    string    `json:"nonce"`    // returned in the reply
-	Overlay  int64     `json:"overlay"`  // size of the writable overlay, in bytes; 0 means half of the memory
-	Pids     int       `json:"pids"`     // limit on processes and threads of all commands; 0 means none
+	Secret   []byte // 32 bytes; every later header repeats it
+	Entropy  []byte // at least 32 bytes, fed to the kernel's generator
+	Hostname string // valid as a sandbox id
+	Nonce    string // returned in the reply
+	Overlay  int64  // size of the writable overlay, in bytes; 0 means half of the memory
+	Pids     int    // limit on processes and threads of all commands; 0 means none
+}
+
+// Clock is what the host's clock shows at the time of sending.
+type Clock struct {
+	Now time.Time
 }
 
 // HelloReply is the guest's answer. All of it is the guest's word: a host may
 // show it, and must not decide by it.
 type HelloReply struct {
-	Version int     `json:"version"`
-	Nonce   string  `json:"nonce"`
-	Kernel  string  `json:"kernel"` // uname -r
-	Timings Timings `json:"timings"`
+	Version int
+	Nonce   string
+	Kernel  string // uname -r
+	Timings Timings
 }
 
 // Timings are moments of the guest's boot, each counted from the start of its
 // kernel's clock.
 type Timings struct {
-	Init    time.Duration `json:"init"`    // PID 1 runs
-	Modules time.Duration `json:"modules"` // kernel modules are loaded
-	Root    time.Duration `json:"root"`    // the root is mounted
-	Agent   time.Duration `json:"agent"`   // the agent listens
-	Hello   time.Duration `json:"hello"`   // hello is answered
+	Init    time.Duration // PID 1 runs
+	Modules time.Duration // kernel modules are loaded
+	Root    time.Duration // the root is mounted
+	Agent   time.Duration // the agent listens
+	Hello   time.Duration // hello is answered
 }
 
 // Exec says which process to start.
 type Exec struct {
-	Args    []string `json:"args"`              // at least one; Args[0] is looked up in the PATH of Env
-	Env     []string `json:"env,omitempty"`     // KEY=VALUE, over the guest's defaults
-	Dir     string   `json:"dir,omitempty"`     // absolute; empty means the user's home
-	User    string   `json:"user,omitempty"`    // name or uid, optionally ":" group or gid; empty means DefaultUser
-	Stdin   bool     `json:"stdin,omitempty"`   // input will come; otherwise the process reads /dev/null
-	TTY     *Resize  `json:"tty,omitempty"`     // a terminal of this size instead of pipes
-	KillAll bool     `json:"killAll,omitempty"` // when the process ends, end its descendants too
+	Args    []string // at least one; Args[0] is looked up in the PATH of Env
+	Env     []string // KEY=VALUE, over the guest's defaults
+	Dir     string   // absolute; empty means the user's home
+	User    string   // name or uid, optionally ":" group or gid; empty means DefaultUser
+	Stdin   bool     // input will come; otherwise the process reads /dev/null
+	TTY     *Resize  // a terminal of this size instead of pipes
+	KillAll bool     // when the process ends, end its descendants too
 }
 
 // DefaultUser is who a command runs as when nobody is named.
@@ -156,33 +163,33 @@ const DefaultUser = "agent"
 
 // Resize is a terminal's size, in cells.
 type Resize struct {
-	Rows uint16 `json:"rows"`
-	Cols uint16 `json:"cols"`
+	Rows uint16
+	Cols uint16
 }
 
 // Signal asks for a signal to be sent to the process.
 type Signal struct {
-	Number int  `json:"number"`          // 1 to 64, Linux numbering
-	Group  bool `json:"group,omitempty"` // to its whole process group; SIGKILL then ends all descendants
+	Number int  // 1 to 64, Linux numbering
+	Group  bool // to its whole process group; SIGKILL then ends all descendants
 }
 
 // Started is sent when the process runs.
 type Started struct {
-	PID int `json:"pid"`
+	PID int
 }
 
 // Window returns credit for input.
 type Window struct {
-	Bytes int `json:"bytes"` // 1 to StdinWindow
+	Bytes int // 1 to StdinWindow
 }
 
 // Exit says how the process ended.
 type Exit struct {
-	Code   int           `json:"code"`             // 0 to 255; meaningless if Signal is not 0
-	Signal int           `json:"signal,omitempty"` // the signal that ended it, if one did
-	OOM    bool          `json:"oom,omitempty"`    // the guest's memory ran out and the kernel killed for it
-	User   time.Duration `json:"user"`             // CPU time
-	System time.Duration `json:"system"`
+	Code   int           // 0 to 255; meaningless if Signal is not 0
+	Signal int           // the signal that ended it, if one did
+	OOM    bool          // the guest's memory ran out and the kernel killed for it
+	User   time.Duration // CPU time
+	System time.Duration
 }
 
 // Code classifies an [Error].
@@ -203,8 +210,8 @@ const (
 // Error is an error of the other side. Code is one of a closed set; Message is
 // the guest's text, at most a few hundred bytes are worth showing.
 type Error struct {
-	Code    Code   `json:"code"`
-	Message string `json:"message"`
+	Code    Code
+	Message string
 }
 
 // Targets for [errors.Is].
@@ -281,12 +288,4 @@ func hasNUL(s string) bool {
 		}
 	}
 	return false
-}
-
-// decode parses a payload strictly enough: one JSON value, nothing after it.
-func decode(payload []byte, v any) error {
-	if err := json.Unmarshal(payload, v); err != nil {
-		return Errorf(CodeBadRequest, "parse payload: %v", err)
-	}
-	return nil
 }

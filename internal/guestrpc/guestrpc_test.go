@@ -101,7 +101,12 @@ func TestTruncated(t *testing.T) {
 func TestWrongVersion(t *testing.T) {
 	var buf bytes.Buffer
 	NewStream(&buf).WriteHeader(&Header{Version: Version + 1, Op: OpPing})
-	if _, err := NewStream(&buf).ReadHeader(); !errors.Is(err, ErrBadRequest) {
+	if _, err := NewStream(&buf).ReadHeader(); !errors.Is(err, ErrBadRequest) || !strings.Contains(err.Error(), "protocol version 3;") {
+		t.Error(err)
+	}
+	// What follows a version that is not ours is nobody's business.
+	buf.Write([]byte{0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, Version + 1, 'x'})
+	if _, err := NewStream(&buf).ReadHeader(); !errors.Is(err, ErrBadRequest) || !strings.Contains(err.Error(), "protocol version 3;") {
 		t.Error(err)
 	}
 }
@@ -109,7 +114,7 @@ func TestWrongVersion(t *testing.T) {
 // errors.Is works on the receiving side: codes cross the wire, not strings.
 func TestErrorsCross(t *testing.T) {
 	a, b := net.Pipe()
-	go NewStream(a).WriteJSON(FrameError, Errorf(CodeNoDir, "no directory %q", "/x"))
+	go NewStream(a).WriteMessage(FrameError, Errorf(CodeNoDir, "no directory %q", "/x"))
 	f, err := NewStream(b).ReadFrame()
 	if err != nil {
 		t.Fatal(err)
@@ -173,9 +178,10 @@ func FuzzStream(f *testing.F) {
 	var buf bytes.Buffer
 	w := NewStream(&buf)
 	w.WriteHeader(&Header{Version: Version, Op: OpExec, Exec: &Exec{Args: []string{"true"}}})
-	w.WriteJSON(FrameSignal, Signal{Number: 9})
+	w.WriteMessage(FrameSignal, &Signal{Number: 9})
 	f.Add(buf.Bytes())
 	f.Add([]byte{0, 0, 0, 2, '{', '}'})
+	f.Add(binary.BigEndian.AppendUint32(nil, MaxHeader))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		s := NewStream(bytes.NewBuffer(data))
 		if h, err := s.ReadHeader(); err == nil && h.Exec != nil {

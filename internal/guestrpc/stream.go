@@ -2,7 +2,6 @@ package guestrpc
 
 import (
 	"encoding/binary"
-	"encoding/json"
 	"fmt"
 	"io"
 	"sync"
@@ -16,8 +15,9 @@ type Frame struct {
 	Payload []byte
 }
 
-// Decode parses the payload as JSON into v.
-func (f Frame) Decode(v any) error { return decode(f.Payload, v) }
+// Decode parses the payload as m. After an error, which is of [CodeBadRequest],
+// the content of m means nothing. m keeps nothing of the payload.
+func (f Frame) Decode(m Message) error { return decode(f.Payload, m) }
 
 // Stream reads and writes the frames of one operation. It is the only reader
 // of its connection: nothing is buffered anywhere else, so no byte is lost when
@@ -38,22 +38,21 @@ func NewStream(rw io.ReadWriter) *Stream { return &Stream{rw: rw} }
 
 // WriteHeader sends the header. It is the host's first write.
 func (s *Stream) WriteHeader(h *Header) error {
-	b, err := json.Marshal(h)
-	if err != nil {
-		return fmt.Errorf("encode header: %w", err)
+	msg := h.append(make([]byte, 4, 512))
+	n := len(msg) - 4
+	if n > MaxHeader {
+		return Errorf(CodeBadRequest, "the command, its arguments and environment take %d bytes; at most %d are allowed", n, MaxHeader)
 	}
-	if len(b) > MaxHeader {
-		return Errorf(CodeBadRequest, "the command, its arguments and environment take %d bytes; at most %d are allowed", len(b), MaxHeader)
-	}
-	msg := binary.BigEndian.AppendUint32(make([]byte, 0, 4+len(b)), uint32(len(b)))
+	binary.BigEndian.PutUint32(msg, uint32(n))
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	_, err = s.rw.Write(append(msg, b...))
+	_, err := s.rw.Write(msg)
 	return err
 }
 
 // ReadHeader reads the header. It is the guest's first read. The length is
-// bounded before the allocation.
+// bounded before the allocation. A header of another version, or whose fields are
+// not exactly those of its operation, is an error of [CodeBadRequest].
 func (s *Stream) ReadHeader() (*Header, error) {
 	if _, err := io.ReadFull(s.rw, s.pre[:4]); err != nil {
 		return nil, err
@@ -69,9 +68,6 @@ func (s *Stream) ReadHeader() (*Header, error) {
 	h := new(Header)
 	if err := decode(b, h); err != nil {
 		return nil, err
-	}
-	if h.Version != Version {
-		return nil, Errorf(CodeBadRequest, "protocol version %d; this side speaks %d", h.Version, Version)
 	}
 	return h, nil
 }
@@ -110,14 +106,8 @@ func (s *Stream) WriteFrame(t Type, payload []byte) error {
 	return err
 }
 
-// WriteJSON sends v as one frame.
-func (s *Stream) WriteJSON(t Type, v any) error {
-	b, err := json.Marshal(v)
-	if err != nil {
-		return fmt.Errorf("encode frame %d: %w", t, err)
-	}
-	return s.WriteFrame(t, b)
-}
+// WriteMessage sends m as one frame.
+func (s *Stream) WriteMessage(t Type, m Message) error { return s.WriteFrame(t, m.append(nil)) }
 
 // Writer returns a writer whose every Write becomes frames of type t, in order,
 // each sent before Write returns.

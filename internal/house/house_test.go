@@ -78,6 +78,12 @@ func TestLayers(t *testing.T) {
 		{"internal/vm/qemu", "internal/guestrpc", "exec is above the drivers"},
 		{"internal/image", "internal/sandbox", "only sandbox knows all the others"},
 		{"internal/kernel", "internal/sandbox", "only sandbox knows all the others"},
+		{"internal/pool", "internal/", "a pool knows its members by an interface"},
+		{"internal/template", "internal/vm", "a store of files knows no machine"},
+		{"internal/template", "internal/sandbox", "only sandbox knows all the others"},
+		{"internal/verifyonce", "internal/image", "it knows files, not what they are for"},
+		{"internal/verifyonce", "internal/template", "it knows files, not what they are for"},
+		{"internal/sparse", "internal/", "it copies bytes and knows no one"},
 		{"internal/cli", "internal/vm/", "the command line links no driver"},
 	}
 	for path, p := range load(t, "./...") {

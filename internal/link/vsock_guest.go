@@ -5,6 +5,7 @@ package link
 import (
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"sync"
@@ -14,16 +15,21 @@ import (
 
 // GuestVsock is the guest's end over AF_VSOCK. It dials for the port hello, on
 // which the host opens the first stream: there a listener's Accept connects to
-// hostPort of the host, once, and so tells that the guest is ready. Nobody has
-// to try again and again. All other ports are listened on.
+// the port of the host that hostPort names, and so tells that the guest is
+// ready. Nobody has to try again and again. All other ports are listened on.
+//
+// Accept returns when the host has said something. A call that ends before that
+// is one of a machine that was saved: in the machine that was started from it,
+// where the address is another, Accept calls again.
 //
 // It uses the sockets directly: the guest's program has to be small.
-func GuestVsock(hello, hostPort uint32) Guest {
+func GuestVsock(hello uint32, hostPort func() (uint32, error)) Guest {
 	return &vsockGuest{hello: hello, hostPort: hostPort, open: make(map[interface{ Close() error }]struct{})}
 }
 
 type vsockGuest struct {
-	hello, hostPort uint32
+	hello    uint32
+	hostPort func() (uint32, error)
 
 	mu     sync.Mutex
 	closed bool
@@ -86,7 +92,7 @@ func (g *vsockGuest) forget(c interface{ Close() error }) {
 	delete(g.open, c)
 }
 
-func (g *vsockGuest) conn(f *os.File, port uint32) (net.Conn, error) {
+func (g *vsockGuest) conn(f *os.File, port uint32) (*vsockConn, error) {
 	c := &vsockConn{File: f, g: g, port: port}
 	return c, g.add(c)
 }
@@ -110,15 +116,67 @@ func (l *vsockDialer) Accept() (net.Conn, error) {
 		return nil, net.ErrClosed
 	case <-l.once:
 	}
+	for {
+		c, err := l.g.call()
+		if err != nil {
+			return nil, err
+		}
+		spoken, err := c.hasSpoken()
+		if spoken {
+			return c, nil
+		}
+		c.Close()
+		if err != nil {
+			return nil, err
+		}
+	}
+}
+
+// call connects to the host.
+func (g *vsockGuest) call() (*vsockConn, error) {
+	port, err := g.hostPort()
+	if err != nil {
+		return nil, fmt.Errorf("find the port of the host: %w", err)
+	}
 	f, err := vsockSocket()
 	if err != nil {
 		return nil, err
 	}
-	if err := connectVsock(f, l.g.hostPort); err != nil {
+	if err := connectVsock(f, port); err != nil {
 		f.Close()
-		return nil, fmt.Errorf("connect to vsock port %d of the host: %w", l.g.hostPort, err)
+		return nil, fmt.Errorf("connect to vsock port %d of the host: %w", port, err)
 	}
-	return l.g.conn(f, l.g.hello)
+	return g.conn(f, g.hello)
+}
+
+// hasSpoken waits for the first byte, which it leaves there. It returns false
+// when the connection was reset before.
+func (c *vsockConn) hasSpoken() (bool, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return false, err
+	}
+	var n int
+	var perr error
+	err = raw.Read(func(fd uintptr) bool {
+		for {
+			n, _, perr = unix.Recvfrom(int(fd), make([]byte, 1), unix.MSG_PEEK)
+			if perr != unix.EINTR {
+				return perr != unix.EAGAIN
+			}
+		}
+	})
+	switch {
+	case err != nil:
+		return false, net.ErrClosed
+	case n > 0:
+		return true, nil
+	case perr == unix.ECONNRESET, perr == unix.ENOTCONN: // virtio_vsock_reset_sock sets both
+		return false, nil
+	case perr != nil:
+		return false, os.NewSyscallError("recv", perr)
+	}
+	return false, io.EOF // the host hung up
 }
 
 func (l *vsockDialer) Close() error {

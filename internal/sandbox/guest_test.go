@@ -3,6 +3,7 @@ package sandbox
 import (
 	"context"
 	"encoding/hex"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net"
@@ -25,10 +26,36 @@ var frameTypes = map[string]guestrpc.Type{
 	"unknown": 99,
 }
 
+// message is what frames of a type hold, or nil: bytes, or nothing. In tests it is
+// written as JSON, which says more than the bytes on the wire.
+func message(t guestrpc.Type) guestrpc.Message {
+	switch t {
+	case guestrpc.FrameResize:
+		return new(guestrpc.Resize)
+	case guestrpc.FrameSignal:
+		return new(guestrpc.Signal)
+	case guestrpc.FrameHello:
+		return new(guestrpc.HelloReply)
+	case guestrpc.FrameStarted:
+		return new(guestrpc.Started)
+	case guestrpc.FrameWindow:
+		return new(guestrpc.Window)
+	case guestrpc.FrameExit:
+		return new(guestrpc.Exit)
+	case guestrpc.FrameError:
+		return new(guestrpc.Error)
+	}
+	return nil
+}
+
 func frameText(f guestrpc.Frame) string {
+	payload := f.Payload
+	if m := message(f.Type); m != nil && f.Decode(m) == nil {
+		payload, _ = json.Marshal(m)
+	}
 	for name, t := range frameTypes {
 		if t == f.Type {
-			return strings.TrimSpace(name + " " + string(f.Payload))
+			return strings.TrimSpace(name + " " + string(payload))
 		}
 	}
 	return fmt.Sprintf("frame %d", f.Type)
@@ -73,8 +100,20 @@ func execHeader() *guestrpc.Header {
 // as leaves the error of a stream as it is.
 func as(err error) error { return err }
 
-// send sends a frame; the host may have hung up.
-func (g *guestEnd) send(name, payload string) { _ = g.WriteFrame(frameTypes[name], []byte(payload)) }
+// send sends a frame, whose payload is JSON of its message, or else bytes; the host
+// may have hung up.
+func (g *guestEnd) send(name, payload string) {
+	t := frameTypes[name]
+	m := message(t)
+	if m == nil || !strings.HasPrefix(payload, "{") {
+		_ = g.WriteFrame(t, []byte(payload))
+		return
+	}
+	if err := json.Unmarshal([]byte(payload), m); err != nil {
+		g.t.Errorf("bad payload %q: %v", payload, err)
+	}
+	_ = g.WriteMessage(t, m)
+}
 
 // want reads the host's next frame.
 func (g *guestEnd) want(text string) {
@@ -93,7 +132,7 @@ func (g *guestEnd) drain() { _, _ = io.Copy(io.Discard, g.conn) }
 // play does what the lines of a script say, and hangs up when the host has:
 //
 //	< TYPE PAYLOAD   the guest sends a frame
-//	< raw HEX        the guest sends bytes
+//	< raw HEX        the guest sends bytes; spaces do not count
 //	< close          the guest hangs up
 //	> TYPE PAYLOAD   the guest waits for a frame, which has to be this one
 func (g *guestEnd) play(script string) {
@@ -108,7 +147,7 @@ func (g *guestEnd) play(script string) {
 		case name == "close":
 			return
 		case name == "raw":
-			b, err := hex.DecodeString(payload)
+			b, err := hex.DecodeString(strings.ReplaceAll(payload, " ", ""))
 			if err != nil {
 				g.t.Error(err)
 			}
@@ -132,10 +171,11 @@ type stubMachine struct {
 func (m *stubMachine) Dial(ctx context.Context, port uint32) (net.Conn, error) {
 	return m.dial(ctx, port)
 }
-func (m *stubMachine) Done() <-chan struct{} { return m.done }
-func (m *stubMachine) Err() error            { return m.err }
-func (m *stubMachine) Close() error          { return nil }
-func (m *stubMachine) Info() vm.Info         { return vm.Info{} }
+func (m *stubMachine) Done() <-chan struct{}                   { return m.done }
+func (m *stubMachine) Err() error                              { return m.err }
+func (m *stubMachine) Close() error                            { return nil }
+func (m *stubMachine) Info() vm.Info                           { return vm.Info{} }
+func (m *stubMachine) Save(context.Context, vm.Snapshot) error { return vm.ErrNoSnapshots }
 
 // oneStream is a machine whose first stream guest serves.
 func oneStream(t testing.TB, guest func(*guestEnd)) *stubMachine {

@@ -21,6 +21,7 @@ import (
 	"github.com/ironclaw-run/ironclaw/internal/kernel"
 	"github.com/ironclaw-run/ironclaw/internal/link"
 	"github.com/ironclaw-run/ironclaw/internal/state"
+	"github.com/ironclaw-run/ironclaw/internal/template"
 	"github.com/ironclaw-run/ironclaw/internal/vm"
 	"github.com/ironclaw-run/ironclaw/internal/vm/qemu"
 )
@@ -28,9 +29,10 @@ import (
 // Host is where everything of this user's lives on this host. Safe for
 // concurrent use, also by several processes.
 type Host struct {
-	Home    string
-	Images  *image.Store
-	Kernels *kernel.Store
+	Home      string
+	Images    *image.Store
+	Kernels   *kernel.Store
+	Templates *template.Store
 
 	apt    *apt.Apt
 	state  *state.Store
@@ -60,12 +62,19 @@ func DefaultHome() (string, error) {
 // Open uses the directory home. Nothing is made in it until it is needed.
 func Open(home string) *Host {
 	return &Host{
-		Home:    home,
-		Images:  image.Open(filepath.Join(home, "images")),
-		Kernels: kernel.Open(filepath.Join(home, "kernels")),
-		apt:     apt.New(filepath.Join(home, "apt")),
-		state:   state.Open(filepath.Join(home, "run")),
+		Home:      home,
+		Images:    image.Open(filepath.Join(home, "images")),
+		Kernels:   kernel.Open(filepath.Join(home, "kernels")),
+		Templates: template.Open(filepath.Join(home, "templates"), 0),
+		apt:       apt.New(filepath.Join(home, "apt")),
+		state:     state.Open(filepath.Join(home, "run")),
 	}
+}
+
+// LimitTemplates sets how many bytes of disk all templates may take together. Not
+// to be called while the Host is used.
+func (h *Host) LimitTemplates(bytes int64) {
+	h.Templates = template.Open(filepath.Join(h.Home, "templates"), bytes)
 }
 
 // Reconcile removes what ended processes have left behind.
@@ -126,10 +135,10 @@ func (h *Host) Driver(ctx context.Context, name string) (vm.Driver, error) {
 }
 
 func (h *Host) initramfs(ctx context.Context, k *kernel.Kernel, l vm.Link) (string, error) {
-	agent := h.agent
-	if agent == nil {
+	agent := kernel.AgentOf(h.agent)
+	if h.agent == nil {
 		var err error
-		if agent, err = kernel.Agent(); err != nil {
+		if agent, err = kernel.BuiltInAgent(); err != nil {
 			return "", err
 		}
 	}

@@ -123,16 +123,16 @@ func (p *Process) Done() <-chan struct{} { return p.done }
 // SIGKILL to the group ends every descendant. A command that has ended is no
 // error.
 func (p *Process) Signal(sig syscall.Signal, group bool) error {
-	return p.control(guestrpc.FrameSignal, guestrpc.Signal{Number: int(sig), Group: group})
+	return p.control(guestrpc.FrameSignal, &guestrpc.Signal{Number: int(sig), Group: group})
 }
 
 // Resize changes the size of the command's terminal.
 func (p *Process) Resize(size guestrpc.Resize) error {
-	return p.control(guestrpc.FrameResize, size)
+	return p.control(guestrpc.FrameResize, &size)
 }
 
-func (p *Process) control(t guestrpc.Type, v any) error {
-	err := p.stream.WriteJSON(t, v)
+func (p *Process) control(t guestrpc.Type, m guestrpc.Message) error {
+	err := p.stream.WriteMessage(t, m)
 	select {
 	case <-p.done:
 		return nil
@@ -208,8 +208,9 @@ func remoteError(frame guestrpc.Frame) error {
 		return err
 	}
 	if len(e.Message) > maxMessage {
-		e.Message = strings.ToValidUTF8(e.Message[:maxMessage], "") + "..."
+		e.Message = e.Message[:maxMessage] + "..."
 	}
+	e.Message = strings.ToValidUTF8(e.Message, "")
 	if strings.TrimSpace(e.Message) == "" {
 		e.Message = "the guest agent refused and did not say why"
 	}
@@ -221,7 +222,9 @@ func readFrame(stream *guestrpc.Stream) (guestrpc.Frame, error) {
 	return frame, blameGuest(err)
 }
 
-func decode(frame guestrpc.Frame, v any) error { return blameGuest(frame.Decode(v)) }
+func decode(frame guestrpc.Frame, m guestrpc.Message) error {
+	return blameGuest(frame.Decode(m))
+}
 
 // blameGuest keeps what is wrong with the guest's bytes from looking like an
 // answer of the guest, which is a *guestrpc.Error too.

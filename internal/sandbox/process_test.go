@@ -222,7 +222,7 @@ func TestReaderOfOutputGoes(t *testing.T) {
 				w := &brokenWriter{err: broken}
 				var stderr bytes.Buffer
 				p, g := startProcess(t, &Cmd{Stdout: w, Stderr: &stderr})
-				go g.play("< stdout 1\n< stdout 2\n> signal {\"number\":13,\"group\":true}\n< stdout 3\n< stdout 4\n< stderr x\n" +
+				go g.play("< stdout 1\n< stdout 2\n> signal {\"Number\":13,\"Group\":true}\n< stdout 3\n< stdout 4\n< stderr x\n" +
 					"< exit {\"signal\":13}\n> ack")
 				exit, err := p.Wait(t.Context())
 				if err != nil || exit.Signal != 13 {
@@ -240,7 +240,7 @@ func TestReaderOfOutputGoes(t *testing.T) {
 func TestBothReadersGo(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p, g := startProcess(t, &Cmd{Stdout: &brokenWriter{err: syscall.EPIPE, tries: 1}, Stderr: &brokenWriter{err: syscall.EPIPE, tries: 1}})
-		go g.play("< stdout 1\n> signal {\"number\":13,\"group\":true}\n< stderr 2\n< exit {\"code\":1}\n> ack")
+		go g.play("< stdout 1\n> signal {\"Number\":13,\"Group\":true}\n< stderr 2\n< exit {\"code\":1}\n> ack")
 		if exit, err := p.Wait(t.Context()); err != nil || exit.Code != 1 {
 			t.Errorf("%+v, %v", exit, err)
 		}
@@ -274,7 +274,7 @@ func TestOutputError(t *testing.T) {
 func TestSignalAndResize(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p, g := startProcess(t, &Cmd{})
-		go g.play("> signal {\"number\":15}\n> signal {\"number\":9,\"group\":true}\n> resize {\"rows\":24,\"cols\":80}\n< exit {}\n> ack")
+		go g.play("> signal {\"Number\":15,\"Group\":false}\n> signal {\"Number\":9,\"Group\":true}\n> resize {\"Rows\":24,\"Cols\":80}\n< exit {}\n> ack")
 		for _, err := range []error{p.Signal(syscall.SIGTERM, false), p.Signal(syscall.SIGKILL, true), p.Resize(guestrpc.Resize{Rows: 24, Cols: 80})} {
 			if err != nil {
 				t.Error(err)
@@ -376,9 +376,14 @@ func TestStartCancelled(t *testing.T) {
 
 // The guest's words are shown: not without end, and not none at all.
 func TestRemoteErrorIsBounded(t *testing.T) {
-	for _, message := range []string{"", " \n ", strings.Repeat("ä", 30_000)} {
-		b := fmt.Appendf(nil, `{"code":"not_found","message":%q}`, message)
-		err := remoteError(guestrpc.Frame{Type: guestrpc.FrameError, Payload: b})
+	for _, message := range []string{"", " \n ", strings.Repeat("ä", 30_000), "no \xff", strings.Repeat("\xff", 60_000)} {
+		var buf bytes.Buffer
+		guestrpc.NewStream(&buf).WriteMessage(guestrpc.FrameError, guestrpc.Errorf(guestrpc.CodeNotFound, "%s", message))
+		f, err := guestrpc.NewStream(&buf).ReadFrame()
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = remoteError(f)
 		text := err.Error()
 		if !errors.Is(err, guestrpc.ErrNotFound) || strings.TrimSpace(text) == "" || len(text) > 600 || strings.ToValidUTF8(text, "") != text {
 			t.Errorf("message of %d bytes became %d bytes: %.60q", len(message), len(text), text)

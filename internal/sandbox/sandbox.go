@@ -23,6 +23,7 @@ import (
 	"github.com/ironclaw-run/ironclaw/internal/kernel"
 	"github.com/ironclaw-run/ironclaw/internal/link"
 	"github.com/ironclaw-run/ironclaw/internal/state"
+	"github.com/ironclaw-run/ironclaw/internal/template"
 	"github.com/ironclaw-run/ironclaw/internal/undo"
 	"github.com/ironclaw-run/ironclaw/internal/vm"
 )
@@ -41,8 +42,13 @@ type Options struct {
 	Kernel  string   // path of a kernel image; "" means the installed one
 	Modules string   // directory with the modules of Kernel; "" means /lib/modules/<release>
 	Command []string // noted in the record
+	Cold    bool     // boot: neither use a template nor make one
+	ASLR    bool     // keep the guest's address space randomisation where it costs much (see vm.Spec)
 	// Progress is told what takes long, nil for nobody.
 	Progress func(step string)
+	// Note is told what went otherwise than it should, and was mended; nil for
+	// nobody.
+	Note func(what string)
 	// OnPhase is told each phase of the start when it has ended, nil for nobody.
 	OnPhase func(Phase)
 }
@@ -91,8 +97,8 @@ func (h *Host) Create(ctx context.Context, opts Options) (*Sandbox, error) {
 		{"image", b.findImage},
 		{"kernel", b.findKernel},
 		{"driver", b.chooseDriver},
-		{"vmm", b.startMachine},
-		{"boot", b.waitForGuest},
+		{"template", b.chooseTemplate},
+		{"", b.bringUp}, // tells its phases itself
 	}
 	if opts.Kernel != "" { // refused, if it must be, before an image is built
 		steps[1], steps[2] = steps[2], steps[1]
@@ -104,7 +110,9 @@ func (h *Host) Create(ctx context.Context, opts Options) (*Sandbox, error) {
 		if err := step.run(ctx); err != nil {
 			return nil, err
 		}
-		b.phase(step.name)
+		if step.name != "" {
+			b.phase(step.name)
+		}
 	}
 	s.release = sync.OnceFunc(b.stack.Release())
 	return s, nil
@@ -117,11 +125,17 @@ func (o *Options) fill() error {
 	if o.Pids == 0 {
 		o.Pids = DefaultPids
 	}
+	if o.CPUs == 0 {
+		o.CPUs = 1
+	}
 	if o.Memory == 0 {
 		o.Memory = vm.DefaultMemory
 	}
 	if o.Progress == nil {
 		o.Progress = func(string) {}
+	}
+	if o.Note == nil {
+		o.Note = func(string) {}
 	}
 	for _, choice := range []struct {
 		what, value string
@@ -168,6 +182,8 @@ type builder struct {
 	entry  *state.Entry
 	driver vm.Driver
 	spec   vm.Spec
+
+	template *template.Template // what the machine starts from; nil means that it boots
 }
 
 func (b *builder) phase(name string) {
@@ -225,6 +241,7 @@ func (b *builder) chooseDriver(ctx context.Context) (err error) {
 	b.spec.ID = b.s.id
 	b.spec.CPUs = b.opts.CPUs
 	b.spec.Memory = b.opts.Memory
+	b.spec.RandomizeAddresses = b.opts.ASLR
 	if b.spec.Link, err = chooseLink(b.driver.Features(), b.opts.Link); err != nil {
 		return err
 	}
@@ -236,6 +253,8 @@ func (b *builder) chooseDriver(ctx context.Context) (err error) {
 }
 
 func (b *builder) startMachine(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, bootTimeout, fmt.Errorf("it did not answer within %v", bootTimeout))
+	defer cancel()
 	m, err := b.driver.Start(ctx, b.spec)
 	if err != nil {
 		return err
@@ -281,7 +300,6 @@ func greet(ctx context.Context, m vm.Machine, hello guestrpc.Hello) (secret []by
 	hello.Secret = randomBytes(32)
 	hello.Entropy = randomBytes(64)
 	hello.Nonce = fmt.Sprintf("%x", randomBytes(16))
-	hello.Now = time.Now()
 	stream := guestrpc.NewStream(conn)
 	err = stream.WriteHeader(&guestrpc.Header{Version: guestrpc.Version, Op: guestrpc.OpHello, Hello: &hello})
 	if err == nil {
@@ -298,6 +316,12 @@ func greet(ctx context.Context, m vm.Machine, hello guestrpc.Hello) (secret []by
 
 func readHello(stream *guestrpc.Stream, hello *guestrpc.Hello, reply *guestrpc.HelloReply) error {
 	frame, err := readFrame(stream)
+	for asked := 0; err == nil && frame.Type == guestrpc.FrameClock && asked < guestrpc.MaxClock; asked++ {
+		if err := stream.WriteMessage(guestrpc.FrameClock, &guestrpc.Clock{Now: time.Now()}); err != nil {
+			return err
+		}
+		frame, err = readFrame(stream)
+	}
 	if err != nil {
 		return err
 	}

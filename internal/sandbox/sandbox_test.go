@@ -151,7 +151,7 @@ func TestGreet(t *testing.T) {
 			t.Fatalf("%+v, %v", reply, err)
 		}
 		h := <-told
-		if string(h.Secret) != string(secret) || len(secret) != 32 || len(h.Entropy) < 32 || h.Now.IsZero() ||
+		if string(h.Secret) != string(secret) || len(secret) != 32 || len(h.Entropy) < 32 ||
 			h.Hostname != "x" || h.Pids != 5 || h.Overlay != 6 {
 			t.Errorf("told %+v", h)
 		}
@@ -161,10 +161,10 @@ func TestGreet(t *testing.T) {
 // A guest that does not answer as ours does is not spoken to any further.
 func TestGreetHostile(t *testing.T) {
 	for name, c := range map[string]struct{ answer, want string }{
-		"wrong nonce":       {`< hello {"version":1,"nonce":"other"}`, errGuestProtocol.Error()},
-		"no nonce":          {`< hello {"version":1}`, errGuestProtocol.Error()},
-		"long nonce":        {`< hello {"version":1,"nonce":"` + strings.Repeat("x", 60_000) + `"}`, errGuestProtocol.Error()},
-		"wrong version":     {`< hello {"version":2,"nonce":"NONCE"}`, "version 2"},
+		"wrong nonce":       {`< hello {"version":2,"nonce":"other"}`, errGuestProtocol.Error()},
+		"no nonce":          {`< hello {"version":2}`, errGuestProtocol.Error()},
+		"long nonce":        {`< hello {"version":2,"nonce":"` + strings.Repeat("x", 60_000) + `"}`, errGuestProtocol.Error()},
+		"wrong version":     {`< hello {"version":3,"nonce":"NONCE"}`, "version 3"},
 		"wrong frame":       {`< started {"pid":1}`, "frame 17 in place of hello"},
 		"garbage":           {`< hello []`, errGuestProtocol.Error()},
 		"error":             {`< error {"code":"internal","message":"set the clock: no"}`, "set the clock: no"},

@@ -8,8 +8,11 @@ package vm
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
+	"os"
+	"slices"
 	"strings"
 	"time"
 )
@@ -25,7 +28,23 @@ type Driver interface {
 	//
 	// After an error nothing remains: no process, no file.
 	Start(ctx context.Context, spec Spec) (Machine, error)
+	// SnapshotInputs names what a snapshot of this Spec's machine depends on,
+	// beside the contents of Kernel, Initrd and Root: only where all of it is
+	// equal may a machine start from the snapshot. The error is ErrNoSnapshots
+	// if Features has no such Mode.
+	SnapshotInputs(spec Spec) (map[string]string, error)
 }
+
+// SnapshotError is returned by Start for a Spec with From whose snapshot was the
+// trouble: the VMM ran, and could not go on from it.
+type SnapshotError struct{ Err error }
+
+func (e *SnapshotError) Error() string { return "start from the snapshot: " + e.Err.Error() }
+func (e *SnapshotError) Unwrap() error { return e.Err }
+
+// ErrNoSnapshots is returned where a machine can be neither saved nor started
+// from what was saved.
+var ErrNoSnapshots = errors.New("this driver cannot save machines of this kind")
 
 // Features is what a driver can do.
 type Features struct {
@@ -33,6 +52,14 @@ type Features struct {
 	Version string  // of the VMM
 	Accels  []Accel // which it knows, best first; whether they work is another question
 	Links   []Link  // which work here, best first
+
+	Snapshots []Mode // in which machines can be saved and started from what was saved
+}
+
+// Mode is a way for machines to run.
+type Mode struct {
+	Accel Accel
+	Link  Link
 }
 
 // Accel is how the guest's instructions are executed.
@@ -64,6 +91,21 @@ type Spec struct {
 	Root   string // path of the root disk, attached read-only; required
 	Accel  Accel  // "" means TCG
 	Link   Link   // "" means the first of Features.Links
+
+	// RandomizeAddresses keeps the guest's address space randomisation where a
+	// driver would turn it off for speed. See the drivers.
+	RandomizeAddresses bool
+
+	Saveable bool      // Machine.Save will be called
+	From     *Snapshot // what the machine starts from, in place of a boot; nil means a boot
+}
+
+// Snapshot is a saved machine, in two files. Its Memory may be mapped by every
+// machine that was started from it: it must never change. It holds no secret,
+// if it was saved before the first stream was opened.
+type Snapshot struct {
+	Memory *os.File // as large as the machine's memory, with holes for zeros
+	State  *os.File // of processors and devices, in the VMM's own format
 }
 
 // Limits of a Spec.
@@ -80,6 +122,11 @@ type Machine interface {
 	// guestrpc.PortHello. It waits until the guest is there, the machine has
 	// ended (an *ExitError) or ctx ends.
 	Dial(ctx context.Context, port uint32) (net.Conn, error)
+	// Save waits until the guest agent waits for its first stream, stops the
+	// machine and writes it to the files of s, from their beginning. Only for a
+	// Spec with Saveable, and before the first Dial. The machine has ended when
+	// Save returns.
+	Save(ctx context.Context, s Snapshot) error
 	// Done is closed when the machine has ended and nothing of it remains.
 	Done() <-chan struct{}
 	// Err says why the machine ended: nil while it runs and after Close ended
@@ -101,6 +148,8 @@ type Info struct {
 	Command []string      // of the VMM
 	Started time.Time     // when the VMM was started
 	Ready   time.Duration // from there until it answered
+	Running time.Duration // from there until the guest ran
+	Cloned  bool          // from a snapshot, not booted
 }
 
 // ExitError says how a machine ended that nobody closed.
@@ -135,6 +184,10 @@ func (s *Spec) Validate(f Features) error {
 		return fmt.Errorf("memory of %d bytes: whole MiB from %d MiB are possible", s.Memory, MinMemory>>20)
 	case s.Kernel == "" || s.Initrd == "" || s.Root == "":
 		return fmt.Errorf("a machine needs a kernel, an initramfs and a root disk")
+	case s.Saveable && s.From != nil:
+		return fmt.Errorf("a machine that was started from a snapshot cannot be saved")
+	case (s.Saveable || s.From != nil) && !slices.Contains(f.Snapshots, Mode{s.Accel, s.Link}):
+		return ErrNoSnapshots
 	}
 	return nil
 }

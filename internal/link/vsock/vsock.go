@@ -40,6 +40,7 @@ type Link struct {
 	device *os.File
 	listen *mdlayher.Listener
 	hello  chan net.Conn // the guest's call
+	called chan struct{} // closed when it has come
 	done   chan struct{}
 	once   sync.Once
 	wg     sync.WaitGroup
@@ -57,48 +58,61 @@ func Listen() (*Link, error) {
 	if err != nil {
 		return nil, err
 	}
-	cid, err := reserveCID(device)
+	cid, l, err := reserve(device)
 	if err != nil {
 		device.Close()
 		return nil, fmt.Errorf("reserve a vsock address: %w", err)
 	}
-	l, err := mdlayher.ListenContextID(unix.VMADDR_CID_ANY, unix.VMADDR_PORT_ANY, nil)
-	if err != nil {
-		device.Close()
-		return nil, fmt.Errorf("listen on vsock: %w", err)
-	}
 	v := &Link{
 		cid: cid, device: device, listen: l,
-		hello: make(chan net.Conn, 1),
-		done:  make(chan struct{}),
-		conns: make(map[net.Conn]struct{}),
+		hello:  make(chan net.Conn, 1),
+		called: make(chan struct{}),
+		done:   make(chan struct{}),
+		conns:  make(map[net.Conn]struct{}),
 	}
 	v.wg.Go(v.accept)
 	return v, nil
 }
 
-// reserveCID takes a random free address; the kernel refuses one in use.
-func reserveCID(device *os.File) (uint32, error) {
+// reserve takes a random free address, and on the host the port of the same
+// number: a guest that has been copied finds it by its new address alone.
+func reserve(device *os.File) (uint32, *mdlayher.Listener, error) {
 	for range 64 {
 		var b [4]byte
 		rand.Read(b[:])
-		cid := uint64(binary.BigEndian.Uint32(b[:])>>1) | 1<<10 // never one of the reserved low ones
-		_, _, errno := unix.Syscall(unix.SYS_IOCTL, device.Fd(), vhostVsockSetGuestCID, uintptr(unsafe.Pointer(&cid)))
-		switch {
-		case errno == 0:
-			return uint32(cid), nil
-		case errno != unix.EADDRINUSE:
-			return 0, errno
+		cid := binary.BigEndian.Uint32(b[:])>>1 | 1<<10 // never one of the reserved low ones
+		if err := setGuestCID(device, uint64(cid)); errors.Is(err, unix.EADDRINUSE) {
+			continue
+		} else if err != nil {
+			return 0, nil, err
 		}
+		l, err := mdlayher.ListenContextID(unix.VMADDR_CID_ANY, cid, nil)
+		if errors.Is(err, unix.EADDRINUSE) {
+			continue
+		}
+		if err != nil {
+			return 0, nil, fmt.Errorf("listen: %w", err)
+		}
+		return cid, l, nil
 	}
-	return 0, errors.New("no free address found")
+	return 0, nil, errors.New("no free address found")
 }
 
-// CID is the guest's address.
+// setGuestCID reserves an address; the kernel refuses one in use.
+func setGuestCID(device *os.File, cid uint64) error {
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, device.Fd(), vhostVsockSetGuestCID, uintptr(unsafe.Pointer(&cid)))
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+// CID is the guest's address, and the number of the host's port that it dials.
 func (v *Link) CID() uint32 { return v.cid }
 
-// Port is where the guest must dial.
-func (v *Link) Port() uint32 { return v.listen.Addr().(*mdlayher.Addr).Port }
+// Called is closed when the guest has called. Until Dial takes that call,
+// nothing has been said to the guest.
+func (v *Link) Called() <-chan struct{} { return v.called }
 
 // File is the open /dev/vhost-vsock on which the address is reserved, to be
 // given to the VMM. It stays the Link's.
@@ -115,6 +129,7 @@ func (v *Link) accept() {
 		}
 		if a, ok := c.RemoteAddr().(*mdlayher.Addr); ok && a.ContextID == v.cid {
 			v.hello <- c
+			close(v.called)
 			return
 		}
 		c.Close()

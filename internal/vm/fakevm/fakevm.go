@@ -31,6 +31,9 @@ func (*Driver) Features() vm.Features {
 	return vm.Features{Name: "fake", Version: "1", Accels: []vm.Accel{vm.TCG}, Links: []vm.Link{vm.LinkSerial}}
 }
 
+// SnapshotInputs: there is nothing to save.
+func (*Driver) SnapshotInputs(vm.Spec) (map[string]string, error) { return nil, vm.ErrNoSnapshots }
+
 // Machine is a fake machine.
 type Machine struct {
 	host  *link.Mux
@@ -122,6 +125,9 @@ func (m *Machine) Dial(ctx context.Context, port uint32) (net.Conn, error) {
 	}
 	return c, err
 }
+
+// Save cannot be done.
+func (*Machine) Save(context.Context, vm.Snapshot) error { return vm.ErrNoSnapshots }
 
 // Done is closed when the machine has ended.
 func (m *Machine) Done() <-chan struct{} { return m.done }

@@ -80,7 +80,7 @@ func greet(conn net.Conn, g link.Guest) (secret []byte, streams net.Listener) {
 	if streams, err = g.Listen(guestrpc.PortAgent); err != nil {
 		return nil, nil
 	}
-	err = st.WriteJSON(guestrpc.FrameHello, guestrpc.HelloReply{Version: guestrpc.Version, Nonce: h.Hello.Nonce})
+	err = st.WriteMessage(guestrpc.FrameHello, &guestrpc.HelloReply{Version: guestrpc.Version, Nonce: h.Hello.Nonce})
 	if err != nil {
 		return nil, nil
 	}

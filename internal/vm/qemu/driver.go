@@ -87,7 +87,69 @@ func (d *Driver) Features() vm.Features {
 	if unix.Access(vsock.Device, unix.R_OK|unix.W_OK) == nil {
 		f.Links = []vm.Link{vm.LinkVsock, vm.LinkSerial}
 	}
+	for _, a := range f.Accels {
+		for _, l := range f.Links {
+			f.Snapshots = append(f.Snapshots, vm.Mode{Accel: a, Link: l})
+		}
+	}
 	return f
+}
+
+// atLeast compares QEMU's version. One that cannot be read is an old one.
+func (d *Driver) atLeast(major, minor int) bool {
+	var have [2]int
+	if _, err := fmt.Sscanf(d.version, "%d.%d", &have[0], &have[1]); err != nil {
+		return false
+	}
+	return have[0] > major || have[0] == major && have[1] >= minor
+}
+
+// SnapshotInputs names the QEMU, its command line, and with KVM the processor
+// and kernel whose state would be saved.
+func (d *Driver) SnapshotInputs(spec vm.Spec) (map[string]string, error) {
+	spec.Saveable, spec.From = true, nil
+	if err := d.check(&spec); err != nil {
+		return nil, err
+	}
+	program, err := fingerprint(d.program)
+	if err != nil {
+		return nil, err
+	}
+	inputs := map[string]string{
+		"driver":  driverName,
+		"qemu":    d.version + " " + program,
+		"command": strings.Join(d.command(&spec, 0), "\n"),
+	}
+	if spec.Accel == vm.KVM {
+		if inputs["host"], err = hostCPU(); err != nil {
+			return nil, err
+		}
+	}
+	return inputs, nil
+}
+
+// hostCPU describes what a machine with KVM shows of the host: its processor
+// with features and microcode, and its kernel.
+func hostCPU() (string, error) {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return "", err
+	}
+	cpuinfo, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil {
+		return "", err
+	}
+	words := []string{"linux " + unix.ByteSliceToString(u.Release[:])}
+	for line := range strings.Lines(string(cpuinfo)) {
+		key, value, _ := strings.Cut(line, ":")
+		switch strings.TrimSpace(key) {
+		case "vendor_id", "cpu family", "model", "stepping", "microcode", "flags":
+			words = append(words, strings.TrimSpace(value))
+		case "": // of the first processor
+			return strings.Join(words, " "), nil
+		}
+	}
+	return strings.Join(words, " "), nil
 }
 
 // queryVersion asks QEMU for its version: "7.2.22".
@@ -141,6 +203,29 @@ func (e *MemoryError) Error() string {
 // Hint is the remedy.
 func (e *MemoryError) Hint() string {
 	return fmt.Sprintf("give the machine more memory: --memory %dM", e.Need>>20)
+}
+
+// HostMemoryError is returned by Start for a machine larger than the host. The
+// kernel would grant the memory and later, when it is touched, kill somebody.
+type HostMemoryError struct{ Want, Have int64 } // bytes
+
+func (e *HostMemoryError) Error() string {
+	return fmt.Sprintf("%d MiB of memory are more than this host has: %d MiB", e.Want>>20, e.Have>>20)
+}
+
+// Hint is the remedy.
+func (e *HostMemoryError) Hint() string { return "give the machine less memory: --memory" }
+
+func checkHostMemory(spec *vm.Spec) error {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return fmt.Errorf("look at the host's memory: %w", err)
+	}
+	have := int64(min((info.Totalram+info.Totalswap)*uint64(info.Unit), 1<<62))
+	if spec.Memory > have {
+		return &HostMemoryError{spec.Memory, have}
+	}
+	return nil
 }
 
 // memoryReserve is what a kernel needs beside its image and its initramfs before

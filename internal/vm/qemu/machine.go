@@ -27,6 +27,7 @@ type machine struct {
 	link    link.Host
 	console *ring
 	stderr  *ring
+	saved   vm.Snapshot // files in memory that take the machine's; only if it is saveable
 
 	closeOnce sync.Once
 	closing   chan struct{} // closed by Close, before it kills
@@ -56,6 +57,7 @@ func (m *machine) finish() {
 	broken := m.watch()
 	m.qmp.close()
 	m.link.Close()
+	m.closeSnapshot()
 	select {
 	case <-m.closing:
 	default:

@@ -38,7 +38,7 @@ func spec(t *testing.T, l vm.Link, a vm.Accel) vm.Spec {
 	if err != nil {
 		testenv.Skip(t, err.Error()+": run `bin/ironclaw setup`")
 	}
-	agent, err := kernel.Agent()
+	agent, err := kernel.BuiltInAgent()
 	if err != nil {
 		testenv.Skip(t, err.Error())
 	}

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -22,13 +23,7 @@ import (
 
 // Start starts a machine: link, process, handshake, proof of the filter, go.
 func (d *Driver) Start(ctx context.Context, spec vm.Spec) (vm.Machine, error) {
-	if err := spec.Validate(d.Features()); err != nil {
-		return nil, err
-	}
-	if err := checkFiles(&spec); err != nil {
-		return nil, err
-	}
-	if err := checkMemory(&spec); err != nil {
+	if err := d.check(&spec); err != nil {
 		return nil, err
 	}
 	var stack undo.Stack
@@ -40,67 +35,96 @@ func (d *Driver) Start(ctx context.Context, spec vm.Spec) (vm.Machine, error) {
 		closing: make(chan struct{}),
 		exited:  make(chan struct{}),
 		done:    make(chan struct{}),
-		info:    vm.Info{Driver: driverName, Accel: spec.Accel, Link: spec.Link},
+		info:    vm.Info{Driver: driverName, Accel: spec.Accel, Link: spec.Link, Cloned: spec.From != nil},
 	}
 	qmpConn, qmpFile, err := socketPair("qmp")
 	if err != nil {
 		return nil, err
 	}
+	defer qmpFile.Close() // QEMU has its own. With ours open we would not see that it closes it
 	m.qmp = newQMP(qmpConn)
 	stack.Add(m.qmp.close)
 
-	linkFile, vs, err := m.openLink(&spec)
+	linkFile, cid, err := m.openLink(&spec)
 	if err != nil {
-		qmpFile.Close()
 		return nil, err
 	}
 	stack.Add(func() { m.link.Close() })
+	closeLinkFile := sync.OnceFunc(func() {
+		if spec.Link == vm.LinkSerial { // the vsock device stays the link's
+			linkFile.Close()
+		}
+	})
+	defer closeLinkFile()
 
-	args := command(&spec, d.tscFor(&spec), vs)
-	m.info.Command = append([]string{d.program}, args...)
-	err = m.startProcess(d.program, args, qmpFile, linkFile)
-	// QEMU has its own now. With ours open we would not see that it closes them.
-	qmpFile.Close()
-	if spec.Link == vm.LinkSerial {
-		linkFile.Close() // the vsock device stays the link's
+	files := []*os.File{qmpFile, linkFile}
+	if spec.Saveable {
+		if err := m.openSnapshot(); err != nil {
+			return nil, err
+		}
+		stack.Add(m.closeSnapshot)
+		files = append(files, m.saved.Memory)
+	} else if spec.From != nil {
+		// From its beginning: a descriptor's offset is shared by all who have it.
+		state, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", spec.From.State.Fd()))
+		if err != nil {
+			return nil, fmt.Errorf("open the snapshot's state: %w", err)
+		}
+		defer state.Close()
+		files = append(files, spec.From.Memory, state)
 	}
-	if err != nil {
+
+	args := d.command(&spec, cid)
+	m.info.Command = append([]string{d.program}, args...)
+	if err := m.startProcess(d.program, args, files...); err != nil {
 		return nil, fmt.Errorf("start %s: %w", d.program, err)
 	}
+	closeLinkFile()
+	qmpFile.Close()
 	stack.Add(func() { m.kill(); <-m.exited })
 
-	if err := m.handshake(ctx); err != nil {
+	if err := m.handshake(ctx, spec.From != nil); err != nil {
 		return nil, err
 	}
-	m.info.Ready = time.Since(m.info.Started)
 	stack.Release()
 	go m.finish()
 	return m, nil
 }
 
-func (d *Driver) tscFor(spec *vm.Spec) int {
-	if spec.Accel != vm.TCG {
-		return 0
+// check turns QEMU's less clear complaints into ours.
+func (d *Driver) check(spec *vm.Spec) error {
+	if err := spec.Validate(d.Features()); err != nil {
+		return err
 	}
-	return d.facts.tscKHz()
+	if err := checkFiles(spec); err != nil {
+		return err
+	}
+	if err := checkHostMemory(spec); err != nil {
+		return err
+	}
+	if spec.From != nil {
+		return nil // the kernel is not loaded
+	}
+	return checkMemory(spec)
 }
 
-// openLink makes the host's end of the link and the descriptor for QEMU's.
-func (m *machine) openLink(spec *vm.Spec) (*os.File, vsockAddr, error) {
+// openLink makes the host's end of the link and the descriptor for QEMU's, and
+// with vsock the guest's address.
+func (m *machine) openLink(spec *vm.Spec) (*os.File, uint32, error) {
 	if spec.Link == vm.LinkVsock {
 		v, err := vsock.Listen()
 		if err != nil {
-			return nil, vsockAddr{}, fmt.Errorf("link: %w", err)
+			return nil, 0, fmt.Errorf("link: %w", err)
 		}
 		m.link = v
-		return v.File(), vsockAddr{v.CID(), v.Port()}, nil
+		return v.File(), v.CID(), nil
 	}
 	conn, file, err := socketPair("link")
 	if err != nil {
-		return nil, vsockAddr{}, err
+		return nil, 0, err
 	}
 	m.link = link.NewMux(conn, link.HostSide)
-	return file, vsockAddr{}, nil
+	return file, 0, nil
 }
 
 // startProcess starts QEMU so that it ends with this process.
@@ -110,7 +134,8 @@ func (m *machine) startProcess(program string, args []string, inherit ...*os.Fil
 	cmd.Dir = "/"
 	cmd.Stdout = m.console
 	cmd.Stderr = m.stderr
-	cmd.ExtraFiles = inherit // QMP, link: descriptors 3 and 4
+	cmd.WaitDelay = exitGrace // for the pipes, should somebody else hold them too
+	cmd.ExtraFiles = inherit  // QMP, link: descriptors 3 and 4
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Setpgid:   true, // the terminal's Ctrl-C is for us, not for QEMU
 		Pdeathsig: syscall.SIGKILL,
@@ -137,26 +162,69 @@ func (m *machine) startProcess(program string, args []string, inherit ...*os.Fil
 }
 
 // handshake waits for QEMU's greeting, proves its filter and lets the guest run.
-func (m *machine) handshake(ctx context.Context) error {
+//
+// What QEMU is to do is sent before it can listen: each answer waited for would
+// cost a switch of processes.
+func (m *machine) handshake(ctx context.Context, clone bool) error {
+	calls := []struct {
+		command string
+		args    any
+	}{{"qmp_capabilities", nil}}
+	if clone {
+		calls = append(calls, []struct {
+			command string
+			args    any
+		}{
+			{"migrate-set-capabilities", snapshotCapabilities},
+			{"migrate-incoming", map[string]string{"uri": fmt.Sprintf("fd:%d", fdState)}},
+		}...)
+	}
+	var sent []*qmpCall
+	for _, c := range calls {
+		call, err := m.qmp.send(c.command, c.args, nil)
+		if err != nil {
+			return m.startError(ctx, err)
+		}
+		sent = append(sent, call)
+	}
 	select {
 	case <-m.qmp.ready:
 	case <-m.qmp.done:
-		return m.diedAtStart(ctx)
+		return m.snapshotError(ctx, clone, errQMPClosed)
 	case <-m.exited:
-		return m.diedAtStart(ctx)
+		return m.snapshotError(ctx, clone, errQMPClosed)
 	case <-ctx.Done():
 		return fmt.Errorf("start QEMU: %w", context.Cause(ctx))
 	}
-	if _, err := m.qmp.do(ctx.Done(), "qmp_capabilities", nil); err != nil {
-		return m.startError(ctx, err)
+	m.info.Ready = time.Since(m.info.Started)
+	for _, call := range sent {
+		if _, err := m.qmp.answer(ctx.Done(), call); err != nil {
+			return m.snapshotError(ctx, clone, err)
+		}
 	}
 	if err := verifySeccomp(m.info.PID); err != nil {
 		return err
 	}
+	if clone { // before that, "cont" has no effect
+		if err := m.qmp.wait(ctx, &m.qmp.migrated); err != nil {
+			return m.snapshotError(ctx, clone, err)
+		}
+	}
 	if _, err := m.qmp.do(ctx.Done(), "cont", nil); err != nil {
 		return m.startError(ctx, err)
 	}
+	m.info.Running = time.Since(m.info.Started)
 	return nil
+}
+
+// snapshotError is startError for a clone until it has read its state: what QEMU
+// dies of then is most likely the snapshot.
+func (m *machine) snapshotError(ctx context.Context, clone bool, err error) error {
+	err = m.startError(ctx, err)
+	if !clone || ctx.Err() != nil {
+		return err
+	}
+	return &vm.SnapshotError{Err: err}
 }
 
 func (m *machine) startError(ctx context.Context, err error) error {
@@ -184,7 +252,7 @@ func (m *machine) diedAtStart(ctx context.Context) error {
 }
 
 // socketPair gives a connection and the file of its other end, for a child.
-func socketPair(name string) (net.Conn, *os.File, error) {
+func socketPair(name string) (*net.UnixConn, *os.File, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, nil, fmt.Errorf("make socket pair: %w", err)
@@ -196,5 +264,5 @@ func socketPair(name string) (net.Conn, *os.File, error) {
 		theirs.Close()
 		return nil, nil, fmt.Errorf("make socket pair: %w", err)
 	}
-	return conn, theirs, nil
+	return conn.(*net.UnixConn), theirs, nil
 }

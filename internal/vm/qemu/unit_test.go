@@ -2,6 +2,7 @@ package qemu
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"flag"
 	"fmt"
@@ -30,11 +31,20 @@ func TestCommand(t *testing.T) {
 		"tcg-serial":     func(s *vm.Spec) { s.Accel, s.Link = vm.TCG, vm.LinkSerial },
 		"tcg-serial-smp": func(s *vm.Spec) { s.Accel, s.Link, s.CPUs, s.Memory = vm.TCG, vm.LinkSerial, 4, 1<<30 },
 		"kvm-vsock":      func(s *vm.Spec) { s.Accel, s.Link = vm.KVM, vm.LinkVsock },
+		"saveable":       func(s *vm.Spec) { s.Accel, s.Link, s.Saveable = vm.TCG, vm.LinkSerial, true },
+		"clone":          func(s *vm.Spec) { s.Accel, s.Link, s.From = vm.TCG, vm.LinkSerial, new(vm.Snapshot) },
+		"clone-qemu10":   func(s *vm.Spec) { s.Accel, s.Link, s.From = vm.TCG, vm.LinkSerial, new(vm.Snapshot) },
+		"tcg-aslr":       func(s *vm.Spec) { s.Accel, s.Link, s.RandomizeAddresses = vm.TCG, vm.LinkSerial, true },
+		"tcg-qemu10":     func(s *vm.Spec) { s.Accel, s.Link = vm.TCG, vm.LinkSerial },
 	} {
 		t.Run(name, func(t *testing.T) {
 			spec := base
 			change(&spec)
-			got := strings.Join(command(&spec, 2600000, vsockAddr{guestCID: 4711, hostPort: 5000}), "\n") + "\n"
+			d := testDriver("7.2.22")
+			if strings.HasSuffix(name, "qemu10") {
+				d = testDriver("10.0.2")
+			}
+			got := strings.Join(d.command(&spec, 4711), "\n") + "\n"
 			path := filepath.Join("testdata", name+".golden")
 			if *update {
 				if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
@@ -52,12 +62,16 @@ func TestCommand(t *testing.T) {
 	}
 }
 
+func testDriver(version string) *Driver {
+	return &Driver{program: "qemu", version: version, facts: &facts{d: factsData{TSCKHz: 2600000}}}
+}
+
 // No machine ever has a network device, a graphic card or a monitor socket.
 func TestCommandHasNoNetwork(t *testing.T) {
 	for _, l := range []vm.Link{vm.LinkSerial, vm.LinkVsock} {
 		for _, a := range []vm.Accel{vm.TCG, vm.KVM} {
 			spec := vm.Spec{ID: "x", CPUs: 2, Memory: 1 << 30, Kernel: "k", Initrd: "i", Root: "r", Accel: a, Link: l}
-			line := strings.Join(command(&spec, 1, vsockAddr{}), " ")
+			line := strings.Join(testDriver("7.2.22").command(&spec, 3), " ")
 			for _, bad := range []string{"-net", "-nic", "virtio-net", "path=", "tcp:", "unix:", "-vnc", "vfio", "9p", "virtiofs"} {
 				if strings.Contains(line, bad) {
 					t.Errorf("%s/%s: %q in %s", a, l, bad, line)
@@ -119,7 +133,15 @@ func TestVerifySeccompFindsNone(t *testing.T) {
 // read.
 func serveQMP(t *testing.T, script ...string) *qmp {
 	t.Helper()
-	a, b := net.Pipe()
+	a, file, err := socketPair("qmp")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := net.FileConn(file)
+	file.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
 	go func() {
 		defer b.Close()
 		r := bufio.NewReader(b)
@@ -138,9 +160,9 @@ func serveQMP(t *testing.T, script ...string) *qmp {
 }
 
 func TestQMP(t *testing.T) {
-	q := serveQMP(t, `{"QMP":{"version":{}}}`, "<", `{"event":"RESUME"}`, `{"return":{},"id":"1"}`,
-		"<", `{"error":{"class":"GenericError","desc":"no such thing"},"id":"2"}`,
-		`{"event":"SHUTDOWN","data":{"guest":true,"reason":"guest-reset"}}`, "<", `{"return":{"a":1},"id":"3"}`)
+	q := serveQMP(t, `{"QMP":{"version":{}}}`, "<", `{"event":"RESUME"}`, `{"return":{}}`,
+		"<", `{"error":{"class":"GenericError","desc":"no such thing"}}`,
+		`{"event":"SHUTDOWN","data":{"guest":true,"reason":"guest-reset"}}`, "<", `{"return":{"a":1}}`)
 	<-q.ready
 	if _, err := q.do(nil, "qmp_capabilities", nil); err != nil {
 		t.Error(err)
@@ -154,6 +176,44 @@ func TestQMP(t *testing.T) {
 	}
 	if q.shutdownReason() != "guest-reset" {
 		t.Errorf("reason %q", q.shutdownReason())
+	}
+}
+
+// An event that somebody waits for happens once, whatever QEMU says later.
+func TestQMPEvents(t *testing.T) {
+	q := serveQMP(t, `{"QMP":{}}`,
+		`{"event":"VSERPORT_CHANGE","data":{"open":false,"id":"link"}}`,
+		`{"event":"MIGRATION","data":{"status":"setup"}}`, `{"event":"MIGRATION","data":{"status":"active"}}`,
+		`{"event":"VSERPORT_CHANGE","data":{"open":true,"id":"link"}}`,
+		`{"event":"MIGRATION","data":{"status":"failed"}}`, `{"event":"MIGRATION","data":{"status":"completed"}}`,
+		"<")
+	if err := q.wait(t.Context(), &q.portOpen); err != nil {
+		t.Error(err)
+	}
+	if err := q.wait(t.Context(), &q.migrated); err == nil {
+		t.Error("a migration that failed succeeded")
+	}
+	gone := serveQMP(t, `{"QMP":{}}`)
+	gone.conn.Close()
+	if err := gone.wait(t.Context(), &gone.portOpen); !errors.Is(err, errQMPClosed) {
+		t.Errorf("QEMU has ended: %v", err)
+	}
+	silent := serveQMP(t, `{"QMP":{}}`, "<")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	enough := errors.New("enough")
+	cancel(enough)
+	if err := silent.wait(ctx, &silent.portOpen); !errors.Is(err, enough) {
+		t.Errorf("cancelled: %v", err)
+	}
+}
+
+func TestAtLeast(t *testing.T) {
+	for version, want := range map[string]bool{
+		"7.2.22": false, "8.1.9": false, "8.2.0": true, "8.10": true, "10.0.2": true, "9": false, "": false, "x.y": false,
+	} {
+		if got := testDriver(version).atLeast(8, 2); got != want {
+			t.Errorf("%q at least 8.2: %v", version, got)
+		}
 	}
 }
 

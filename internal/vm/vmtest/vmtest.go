@@ -49,6 +49,10 @@ func Run(t *testing.T, c Config) {
 		{"CloseUnblocks", testCloseUnblocks},
 		{"VMMDies", testVMMDies},
 		{"TwoMachines", testTwoMachines},
+		{"Snapshot", testSnapshot},
+		{"SnapshotDamaged", testSnapshotDamaged},
+		{"SaveCancelled", testSaveCancelled},
+		{"SaveUnprepared", testSaveUnprepared},
 	} {
 		t.Run(test.name, func(t *testing.T) { test.run(t, c) })
 	}
@@ -79,12 +83,17 @@ func hello(t *testing.T, m vm.Machine) (secret []byte) {
 	secret = bytes.Repeat([]byte{7}, 32)
 	s := guestrpc.NewStream(conn)
 	err := s.WriteHeader(&guestrpc.Header{Version: guestrpc.Version, Op: guestrpc.OpHello, Hello: &guestrpc.Hello{
-		Secret: secret, Entropy: bytes.Repeat([]byte{9}, 64), Now: time.Now(), Hostname: "vmtest", Nonce: "n", Pids: 100,
+		Secret: secret, Entropy: bytes.Repeat([]byte{9}, 64), Hostname: "vmtest", Nonce: "n", Pids: 100,
 	}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	f, err := s.ReadFrame()
+	for err == nil && f.Type == guestrpc.FrameClock {
+		if err = s.WriteMessage(guestrpc.FrameClock, &guestrpc.Clock{Now: time.Now()}); err == nil {
+			f, err = s.ReadFrame()
+		}
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
