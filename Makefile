@@ -8,7 +8,7 @@ INIT    := internal/kernel/agent/ironclaw-init
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null)
 LDFLAGS := -s -w -X github.com/ironclaw-run/ironclaw/internal/cli.Version=$(VERSION)
 
-.PHONY: help build demo test test-fast boots lint bench clean
+.PHONY: help build demo test test-fast boots lab lab-shell lint bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -34,6 +34,16 @@ test-fast: ## the tests that boot no machine
 boots: build ## boot N machines in a row (N=100)
 	@scripts/boots $(or $(N),100)
 
+lab: ## the tests of KVM and vsock, in an emulated machine (LAB_RUN=REGEXP: those)
+	@scripts/install-packages lab
+	@$(MAKE) --no-print-directory build
+	@lab/run
+
+lab-shell: ## a root shell in that machine
+	@scripts/install-packages lab
+	@$(MAKE) --no-print-directory build
+	@lab/run shell
+
 lint: ## gofmt, vet, staticcheck and the house rules
 	@test -z "$$(gofmt -l $$(git ls-files '*.go') | tee /dev/stderr)"
 	$(GO) vet ./...
@@ -41,11 +51,11 @@ lint: ## gofmt, vet, staticcheck and the house rules
 	$(GO) mod tidy -diff
 	$(GO) test ./internal/house
 
-bench: ## measure starts, round trips and throughput
-	@scripts/install-packages run
+bench: ## measure starts, round trips and throughput (BENCH="density -n 100")
+	@scripts/install-packages bench
 	@$(MAKE) --no-print-directory build
 	bin/ironclaw setup
-	bin/ironclaw bench
+	bin/ironclaw bench $(BENCH)
 
 clean: ## remove what was built here (not kernels and images)
 	rm -rf bin $(INIT)

@@ -1,267 +1,158 @@
 // Package bench measures what a user of IronClaw waits for. It prints
-// distributions, never verdicts, with the host they were measured on and beside
-// each a reference from the same run.
+// distributions, never verdicts, with the host they were measured on and, where
+// there is one, a reference from the same run: the two are measured in turn, so
+// that noise hits both.
+//
+// Start at [Bench.Run]; [Names] lists what it can measure.
+//
+// # When no median is quoted
+//
+// A median that was measured while something else used the machine is worse than
+// none. So a table is judged by what happened while it was measured, and it is
+// noisy if
+//
+//   - a fixed piece of arithmetic, timed before each sample (SHA-256 of a buffer,
+//     about 2.5 ms), took more than 1.5 times its least time at the 90th percentile;
+//   - or the hypervisor below us took more than 5 % of the CPU time (steal);
+//   - or other processes used more than 25 % of the CPUs: what /proc/stat counts as
+//     busy, less what this process and its descendants used.
+//
+// A noisy table prints the least values and how many there are, and no ratios: noise
+// makes times longer, so the least is the nearest to the truth (the least rate is
+// what was had at the worst). In JSON it says why it is noisy and keeps every value.
+//
+// The third criterion knows no better than the kernel: threads of the kernel that
+// work for our machines (vhost, writing back pages) count as others. In a density
+// benchmark the clones that are there already disturb the arithmetic, too; they
+// are part of what is measured, but a table that they disturb is noisy all the same.
 package bench
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
+	"errors"
 	"fmt"
-	"io"
-	"os"
 	"os/exec"
 	"slices"
-	"strconv"
-	"strings"
-	"text/tabwriter"
 	"time"
-	"unicode/utf8"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/ironclaw-run/ironclaw/internal/guestrpc"
 	"github.com/ironclaw-run/ironclaw/internal/sandbox"
-	"github.com/ironclaw-run/ironclaw/internal/vm/qemu"
 )
 
-// Row is one measured thing.
-type Row struct {
-	Name   string    `json:"name"`
-	Unit   string    `json:"unit"`
-	Values []float64 `json:"values"` // as measured, in order
+// benchmark is one thing that can be measured.
+type benchmark struct {
+	name string
+	n    int // how often if nobody says
+	run  func(*Bench, context.Context) (*Table, error)
 }
 
-// Quantile is the value below which the part q of the values lies.
-func (r *Row) Quantile(q float64) float64 {
-	if len(r.Values) == 0 {
-		return 0
+func benchmarks() []benchmark {
+	return []benchmark{
+		{"start", 10, (*Bench).start},
+		{"exec", 10, (*Bench).exec},
+		{"io", 10, (*Bench).throughput},
+		{"pool", 10, (*Bench).pool},
+		{"density", 50, (*Bench).density},
+		{"cycles", 200, (*Bench).cycles},
 	}
-	sorted := slices.Sorted(slices.Values(r.Values))
-	return sorted[min(int(q*float64(len(sorted))), len(sorted)-1)]
 }
 
-// Table is what one benchmark measured.
-type Table struct {
-	Name string `json:"name"`
-	Host string `json:"host"`
-	Rows []*Row `json:"rows"`
+// Names lists the benchmarks.
+func Names() []string {
+	var names []string
+	for _, b := range benchmarks() {
+		names = append(names, b.name)
+	}
+	return names
 }
 
-func (t *Table) row(name, unit string) *Row {
-	for _, r := range t.Rows {
-		if r.Name == name {
-			return r
-		}
-	}
-	r := &Row{Name: name, Unit: unit}
-	t.Rows = append(t.Rows, r)
-	return r
+// Usual lists the benchmarks that are short and light enough to be run unasked.
+func Usual() []string { return []string{"start", "exec", "io", "pool"} }
+
+// Bench says how to measure.
+type Bench struct {
+	Host    *sandbox.Host   // required
+	Program string          // an ironclaw, for start; required there
+	Sandbox sandbox.Options // of every machine; start knows of Accel and Link only
+	N       int             // how often; 0 means the benchmark's own default
+
+	together int           // machines at once in start; 0 means 16
+	interval time.Duration // for which idle clones are watched; 0 means 10 s
 }
 
-func (t *Table) add(name, unit string, v float64) {
-	r := t.row(name, unit)
-	r.Values = append(r.Values, v)
+// Run measures. The table is not nil where there is something to see, also with an
+// error: that what was measured shows a fault (a leak, a machine that does not
+// answer).
+func (b Bench) Run(ctx context.Context, name string) (*Table, error) {
+	all := benchmarks()
+	i := slices.IndexFunc(all, func(m benchmark) bool { return m.name == name })
+	if i < 0 {
+		return nil, fmt.Errorf("unknown benchmark %q", name)
+	}
+	if b.N < 0 {
+		return nil, fmt.Errorf("%d measurements: at least 1 is needed", b.N)
+	}
+	if b.N == 0 {
+		b.N = all[i].n
+	}
+	if b.together == 0 {
+		b.together = 16
+	}
+	if b.interval == 0 {
+		b.interval = 10 * time.Second
+	}
+	t, err := all[i].run(&b, ctx)
+	if err != nil && ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	return t, err
 }
 
-// Print writes the table for people.
-func (t *Table) Print(w io.Writer) error {
-	fmt.Fprintf(w, "%s (%s)\n", t.Name, t.Host)
-	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(tw, "\tmin\tp50\tp90\tn\tunit\t")
-	width := 0
-	for _, r := range t.Rows {
-		width = max(width, utf8.RuneCountInString(r.Name))
-	}
-	for _, r := range t.Rows {
-		// Padded by hand: the figures align to the right, the names to the left.
-		fmt.Fprintf(tw, "%-*s\t%s\t%s\t%s\t%d\t%s\t\n", width, r.Name,
-			number(r.Quantile(0)), number(r.Quantile(0.5)), number(r.Quantile(0.9)), len(r.Values), r.Unit)
-	}
-	return tw.Flush()
-}
-
-func number(v float64) string {
-	switch {
-	case v >= 100:
-		return strconv.FormatFloat(v, 'f', 0, 64)
-	case v >= 10:
-		return strconv.FormatFloat(v, 'f', 1, 64)
-	}
-	return strconv.FormatFloat(v, 'f', 2, 64)
-}
-
-// hostFacts describes the host in a few words.
-func hostFacts() string {
-	var u unix.Utsname
-	_ = unix.Uname(&u)
-	facts := "Linux " + unix.ByteSliceToString(u.Release[:])
-	if b, err := os.ReadFile("/proc/cpuinfo"); err == nil {
-		for line := range strings.Lines(string(b)) {
-			if k, v, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(k) == "model name" {
-				facts += ", " + strings.TrimSpace(v)
-				break
-			}
-		}
-	}
-	var set unix.CPUSet
-	if unix.SchedGetaffinity(0, &set) == nil {
-		facts += fmt.Sprintf(", %d cpus", set.Count())
-	}
-	if b, err := os.ReadFile("/proc/loadavg"); err == nil {
-		load, _, _ := strings.Cut(string(b), " ")
-		facts += ", load " + load
-	}
-	return facts
-}
-
-// Start measures `ironclaw run -- true` as a whole process, n times, and its
-// phases as it reports them. The reference is the start of QEMU to print its
-// version.
-func Start(ctx context.Context, n int, flags []string) (*Table, error) {
-	self, err := os.Executable()
+// warm makes what a first sandbox finds missing (image, kernel, template), and
+// says what machine the others will be.
+func (b *Bench) warm(ctx context.Context, t *Table) error {
+	s, err := b.Host.Create(ctx, b.Sandbox)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	t := &Table{Name: "start: ironclaw run -- true", Host: hostFacts()}
-	argv := append(append([]string{"run", "--json"}, flags...), "--", "true")
-	for range n {
-		var stderr bytes.Buffer
-		cmd := exec.CommandContext(ctx, self, argv...)
-		cmd.Stderr = &stderr
-		begun := time.Now()
-		err := cmd.Run()
-		wall := ms(time.Since(begun))
-		if err != nil {
-			return nil, fmt.Errorf("run: %w: %s", err, bytes.TrimSpace(stderr.Bytes()))
-		}
-		if err := t.addRun(stderr.Bytes(), wall); err != nil {
-			return nil, err
-		}
-		begun = time.Now()
-		if err := exec.CommandContext(ctx, qemu.Program, "--version").Run(); err != nil {
-			return nil, fmt.Errorf("run QEMU: %w", err)
-		}
-		t.add("reference: "+qemu.Program+" --version", "ms", ms(time.Since(begun)))
-	}
-	return t, nil
+	defer s.Close()
+	t.Machine, err = b.describe(ctx, s)
+	return err
 }
 
-// addRun adds the figures of one run from the JSON line that it printed last.
-func (t *Table) addRun(stderr []byte, wall float64) error {
-	lines := bytes.Split(bytes.TrimSpace(stderr), []byte("\n"))
-	var res struct {
-		Timings map[string]float64 `json:"timings_ms"`
-		Guest   map[string]float64 `json:"guest_ms"`
+// describe says what machine s is.
+func (b *Bench) describe(ctx context.Context, s *sandbox.Sandbox) (Machine, error) {
+	info := s.Machine().Info()
+	m := Machine{Accel: string(info.Accel), Link: string(info.Link), Cloned: info.Cloned}
+	return m, b.complete(ctx, &m)
+}
+
+// complete adds what is asked of the machines here, and the version of the VMM.
+func (b *Bench) complete(ctx context.Context, m *Machine) error {
+	d, err := b.Host.Driver(ctx, b.Sandbox.Driver)
+	if err != nil {
+		return err
 	}
-	if err := json.Unmarshal(lines[len(lines)-1], &res); err != nil {
-		return fmt.Errorf("read the timings of run: %w", err)
-	}
-	// Gathered first: what was not reported was not measured, and is no zero.
-	run := &Table{}
-	run.add("whole process", "ms", wall)
-	var missing []string
-	add := func(name string, from map[string]float64, key string) {
-		v, ok := from[key]
-		if !ok {
-			missing = append(missing, key)
-		}
-		run.add(name, "ms", v)
-	}
-	for _, phase := range []string{"reserve", "image", "kernel", "driver", "vmm", "boot", "start", "command", "close"} {
-		add("  "+phase, res.Timings, phase)
-		if phase == "boot" {
-			for _, mark := range []string{"init", "modules", "root", "agent", "hello"} {
-				add("    guest: "+mark, res.Guest, mark)
-			}
-		}
-	}
-	if missing != nil {
-		return fmt.Errorf("read the timings of run: it reported no %s", strings.Join(missing, ", "))
-	}
-	for _, r := range run.Rows {
-		t.add(r.Name, r.Unit, r.Values[0])
-	}
+	m.VMM = d.Features().Name + " " + d.Features().Version
+	m.CPUs, m.Memory = guestSize(b.Sandbox)
 	return nil
 }
 
-// Exec measures round trips in a machine that runs: a ping of the guest agent,
-// and a whole command. The reference is the same command on the host.
-func Exec(ctx context.Context, h *sandbox.Host, opts sandbox.Options, n int) (*Table, error) {
-	s, err := h.Create(ctx, opts)
-	if err != nil {
-		return nil, err
+// create makes a sandbox as warm did. A boot among clones would spoil what is
+// measured, and is a fault that sandbox only notes: here it is an error.
+func (b *Bench) create(ctx context.Context, t *Table) (*sandbox.Sandbox, error) {
+	opts := b.Sandbox
+	why := "nothing was said of it"
+	opts.Note = func(note string) { why = note }
+	s, err := b.Host.Create(ctx, opts)
+	if err == nil && s.Machine().Info().Cloned != t.Machine.Cloned {
+		s.Close()
+		return nil, fmt.Errorf("one machine was cloned and another booted: %s", why)
 	}
-	defer s.Close()
-	t := &Table{Name: "exec: in a running machine", Host: hostFacts()}
-	payload := make([]byte, 64)
-	for range n {
-		begun := time.Now()
-		if err := s.Ping(ctx, payload); err != nil {
-			return nil, err
-		}
-		t.add("ping of the guest agent", "ms", ms(time.Since(begun)))
-		begun = time.Now()
-		if err := runOne(ctx, s, sandbox.Cmd{Args: []string{"true"}}); err != nil {
-			return nil, err
-		}
-		t.add("exec true", "ms", ms(time.Since(begun)))
-		begun = time.Now()
-		if err := exec.CommandContext(ctx, "true").Run(); err != nil {
-			return nil, err
-		}
-		t.add("reference: true on the host", "ms", ms(time.Since(begun)))
-	}
-	pss, err := memoryOf(s.Machine().Info().PID)
-	if err != nil {
-		return nil, err
-	}
-	t.add("memory of the VMM at rest (Pss)", "MiB", pss)
-	size, err := h.InitramfsSize(ctx, s)
-	if err != nil {
-		return nil, err
-	}
-	t.add("size of the initramfs", "MiB", float64(size)/(1<<20))
-	return t, nil
+	return s, err
 }
 
-// ioBytes is how much Throughput moves each way.
-const ioBytes = 256 << 20
-
-// Throughput measures 256 MiB of output and of input. The reference is the same
-// through a pipe of the host.
-func Throughput(ctx context.Context, h *sandbox.Host, opts sandbox.Options, n int) (*Table, error) {
-	s, err := h.Create(ctx, opts)
-	if err != nil {
-		return nil, err
-	}
-	defer s.Close()
-	t := &Table{Name: "io: 256 MiB through stdout and stdin", Host: hostFacts()}
-	script := fmt.Sprintf("head -c %d /dev/zero", ioBytes)
-	for range n {
-		var count counter
-		begun := time.Now()
-		if err := runOne(ctx, s, sandbox.Cmd{Args: []string{"sh", "-c", script}, Stdout: &count}); err != nil {
-			return nil, err
-		}
-		t.add("stdout", "MiB/s", rate(begun, int64(count)))
-		begun = time.Now()
-		if err := runOne(ctx, s, sandbox.Cmd{Args: []string{"sh", "-c", "cat >/dev/null"}, Stdin: io.LimitReader(zeros{}, ioBytes)}); err != nil {
-			return nil, err
-		}
-		t.add("stdin", "MiB/s", rate(begun, ioBytes))
-		count = 0
-		begun = time.Now()
-		cmd := exec.CommandContext(ctx, "sh", "-c", script)
-		cmd.Stdout = &count
-		if err := cmd.Run(); err != nil {
-			return nil, err
-		}
-		t.add("reference: a pipe on the host", "MiB/s", rate(begun, int64(count)))
-	}
-	return t, nil
-}
-
+// runOne runs a command to its end and wants success.
 func runOne(ctx context.Context, s *sandbox.Sandbox, cmd sandbox.Cmd) error {
 	cmd.User = guestrpc.DefaultUser
 	p, err := s.Start(ctx, cmd)
@@ -275,38 +166,23 @@ func runOne(ctx context.Context, s *sandbox.Sandbox, cmd sandbox.Cmd) error {
 	return err
 }
 
-// counter counts what is written to it.
-type counter int64
-
-func (c *counter) Write(p []byte) (int, error) {
-	*c += counter(len(p))
-	return len(p), nil
-}
-
-type zeros struct{}
-
-func (zeros) Read(p []byte) (int, error) {
-	clear(p)
-	return len(p), nil
-}
-
-func rate(begun time.Time, bytes int64) float64 {
-	return float64(bytes) / (1 << 20) / time.Since(begun).Seconds()
+// timeHost measures a command on the host.
+func timeHost(ctx context.Context, argv ...string) (float64, error) {
+	begun := time.Now()
+	err := exec.CommandContext(ctx, argv[0], argv[1:]...).Run()
+	if err != nil {
+		err = fmt.Errorf("run %s: %w", argv[0], err)
+	}
+	return ms(time.Since(begun)), err
 }
 
 func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
-// memoryOf is a process's proportional share of memory, in MiB.
-func memoryOf(pid int) (float64, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
-	if err != nil {
-		return 0, fmt.Errorf("read memory of process %d: %w", pid, err)
+// closeAll closes sandboxes, of which there may be hundreds.
+func closeAll(all []*sandbox.Sandbox) error {
+	var errs []error
+	for _, s := range all {
+		errs = append(errs, s.Close())
 	}
-	for line := range strings.Lines(string(b)) {
-		if v, ok := strings.CutPrefix(line, "Pss:"); ok {
-			kib, err := strconv.ParseFloat(strings.TrimSuffix(strings.TrimSpace(v), " kB"), 64)
-			return kib / 1024, err
-		}
-	}
-	return 0, fmt.Errorf("read memory of process %d: no Pss", pid)
+	return errors.Join(errs...)
 }

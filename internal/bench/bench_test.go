@@ -40,40 +40,52 @@ func TestQuantile(t *testing.T) {
 	}
 }
 
-func testTable() *Table {
-	t := &Table{Name: "start: x", Host: "Linux 6.1, 2 cpus"}
+func testTable(noisy string) *Table {
+	t := &Table{
+		Name:    "start: x",
+		Host:    Host{Kernel: "6.1", CPU: "a CPU", CPUs: 2, Memory: 24105, Load: "0.50"},
+		Machine: Machine{VMM: "qemu 7.2", Accel: "tcg", Link: "serial", CPUs: 1, Memory: 256, Cloned: true},
+		Noisy:   noisy,
+	}
 	for _, v := range []float64{1234.5, 99.96, 3} {
 		t.add("whole process", "ms", v)
+		t.addTo("whole process", "boot", "ms", v/1000)
 	}
-	t.add("  boot", "ms", 0.004)
 	t.add("ünïcode", "MiB/s", 10)
-	t.row("nothing yet", "ms")
+	t.add("plain", "", -12)
+	t.row("", "nothing yet", "ms")
+	t.ratio("whole process, to ünïcode (p50)", t.p("whole process", 0.5), t.p("ünïcode", 0.5))
+	t.note("something was missing")
 	return t
 }
 
 func TestPrint(t *testing.T) {
-	var b bytes.Buffer
-	if err := testTable().Print(&b); err != nil {
-		t.Fatal(err)
-	}
-	const golden = "testdata/table.golden"
-	if *update {
-		if err := os.WriteFile(golden, b.Bytes(), 0o644); err != nil {
+	for golden, noisy := range map[string]string{
+		"testdata/table.golden": "",
+		"testdata/noisy.golden": "the same arithmetic took 2.50 to 6.10 ms, the hypervisor took 7 % of the CPU time",
+	} {
+		var b bytes.Buffer
+		if err := testTable(noisy).Print(&b); err != nil {
 			t.Fatal(err)
 		}
-	}
-	want, err := os.ReadFile(golden)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if d := cmp.Diff(string(want), b.String()); d != "" {
-		t.Errorf("-want +got:\n%s", d)
+		if *update {
+			if err := os.WriteFile(golden, b.Bytes(), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		want, err := os.ReadFile(golden)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if d := cmp.Diff(string(want), b.String()); d != "" {
+			t.Errorf("-want +got:\n%s", d)
+		}
 	}
 }
 
 // A full disk or a closed pipe is no success.
 func TestPrintError(t *testing.T) {
-	if err := testTable().Print(brokenWriter{}); !errors.Is(err, os.ErrClosed) {
+	if err := testTable("").Print(brokenWriter{}); !errors.Is(err, os.ErrClosed) {
 		t.Errorf("error %v", err)
 	}
 }
@@ -82,82 +94,66 @@ type brokenWriter struct{}
 
 func (brokenWriter) Write([]byte) (int, error) { return 0, os.ErrClosed }
 
-// The shape of --json: every value, in the order in which it was measured.
+// The shape of --json: every value, in the order in which it was measured, also of
+// a noisy table, which has no ratios.
 func TestTableJSON(t *testing.T) {
-	b, err := json.Marshal(&Table{Name: "n", Host: "h", Rows: []*Row{{Name: "r", Unit: "ms", Values: []float64{2, 1}}}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if want := `{"name":"n","host":"h","rows":[{"name":"r","unit":"ms","values":[2,1]}]}`; string(b) != want {
-		t.Errorf("%s", b)
-	}
-}
-
-const runLine = `{"id":"x","exit_code":0,"oom":false,"timings_ms":{"reserve":1,"image":2,"kernel":3,"driver":4,"vmm":5,"boot":6,` +
-	`"start":7,"first output":7.5,"command":8,"close":9},"guest_ms":{"init":10,"modules":11,"root":12,"agent":13,"hello":14},"total_ms":50}`
-
-// The figures are those of the last line: notes and the command's own words may
-// come before it.
-func TestAddRun(t *testing.T) {
-	table := &Table{}
-	for _, stderr := range []string{runLine, runLine + "\n\n", "note: x\n{\"timings_ms\":{\"boot\":99}}\n" + runLine + "\n"} {
-		if err := table.addRun([]byte(stderr), 60); err != nil {
+	for noisy, want := range map[string]string{
+		"":  `"ratios":[{"name":"r to s","value":2}],"conditions":{"calibration_ms":[2.5],"steal":0.1,"others":0.2}}`,
+		"x": `"noisy":"x","conditions":{"calibration_ms":[2.5],"steal":0.1,"others":0.2}}`,
+	} {
+		table := &Table{Name: "n", Noisy: noisy, Conditions: Conditions{[]float64{2.5}, 0.1, 0.2}}
+		table.addTo("q", "r", "ms", 2)
+		table.addTo("q", "r", "ms", 1)
+		table.ratio("r to s", 4, 2)
+		b, err := json.Marshal(table)
+		if err != nil {
 			t.Fatal(err)
 		}
-	}
-	var got strings.Builder
-	for _, r := range table.Rows {
-		if len(r.Values) != 3 || r.Values[0] != r.Values[1] || r.Values[0] != r.Values[2] || r.Unit != "ms" {
-			t.Errorf("row %+v", r)
+		want := `{"name":"n","host":{"kernel":"","cpu":"","cpus":0,"memory_mib":0,"load":""},` +
+			`"machine":{"vmm":"","accel":"","link":"","cpus":0,"memory_mib":0,"cloned":false},` +
+			`"rows":[{"of":"q","name":"r","unit":"ms","values":[2,1]}],` + want
+		if d := cmp.Diff(want, string(b)); d != "" {
+			t.Errorf("-want +got:\n%s", d)
 		}
-		got.WriteString(strings.TrimSpace(r.Name) + " " + number(r.Values[0]) + "\n")
-	}
-	want := `whole process 60.0
-reserve 1.00
-image 2.00
-kernel 3.00
-driver 4.00
-vmm 5.00
-boot 6.00
-guest: init 10.0
-guest: modules 11.0
-guest: root 12.0
-guest: agent 13.0
-guest: hello 14.0
-start 7.00
-command 8.00
-close 9.00
-`
-	if d := cmp.Diff(want, got.String()); d != "" {
-		t.Errorf("-want +got:\n%s", d)
 	}
 }
 
-// What was not reported was not measured: it must not become a zero.
-func TestAddRunRefuses(t *testing.T) {
-	for name, stderr := range map[string]string{
-		"nothing":       "",
-		"no JSON":       "error: x",
-		"cut off":       runLine[:100],
-		"null":          "null",
-		"no timings":    `{"exit_code":0}`,
-		"a phase less":  strings.Replace(runLine, `"vmm":5,`, "", 1),
-		"a mark less":   strings.Replace(runLine, `"root":12,`, "", 1),
-		"not a number":  strings.Replace(runLine, `"vmm":5`, `"vmm":"5"`, 1),
-		"JSON not last": runLine + "\nnote: x",
+// A ratio of nothing is none.
+func TestRatio(t *testing.T) {
+	table := &Table{}
+	table.add("a", "ms", 3)
+	table.ratio("to what is absent", table.p("a", 0.5), table.p("b", 0.5))
+	table.ratio("of what is absent", table.p("b", 0.5), table.p("a", 0.5))
+	table.addTo("b", "c", "ms", 1) // a part is no row of its own
+	table.ratio("to a part", table.p("a", 0.5), table.p("c", 0.5))
+	if len(table.Ratios) != 0 {
+		t.Errorf("%+v", table.Ratios)
+	}
+	table.add("d", "ms", 2)
+	table.ratio("a to d", table.p("a", 0.5), table.p("d", 0.5))
+	if len(table.Ratios) != 1 || table.Ratios[0].Value != 1.5 {
+		t.Errorf("%+v", table.Ratios)
+	}
+}
+
+func TestTenths(t *testing.T) {
+	for _, c := range []struct {
+		values     []float64
+		head, tail float64
+	}{
+		{nil, 0, 0},
+		{[]float64{2}, 2, 2},
+		{[]float64{1, 5, 3}, 1, 3},
+		{[]float64{1, 3, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 4, 6}, 2, 5},
 	} {
-		table := &Table{}
-		if err := table.addRun([]byte(stderr), 60); err == nil || !strings.Contains(err.Error(), "timings of run") {
-			t.Errorf("%s: %v", name, err)
-		}
-		if len(table.Rows) > 0 {
-			t.Errorf("%s: rows were added", name)
+		if head, tail := tenths(c.values); head != c.head || tail != c.tail {
+			t.Errorf("%v: %v, %v", c.values, head, tail)
 		}
 	}
 }
 
 func TestNumber(t *testing.T) {
-	for v, want := range map[float64]string{0: "0.00", 0.004: "0.00", 9.994: "9.99", 10: "10.0", 99.94: "99.9", 100: "100", 1234.5: "1234"} {
+	for v, want := range map[float64]string{0: "0.00", 0.004: "0.00", 9.994: "9.99", 10: "10.0", 99.94: "99.9", 100: "100", 1234.5: "1234", -3: "-3.00", -250: "-250"} {
 		if got := number(v); got != want {
 			t.Errorf("%v: %s, want %s", v, got, want)
 		}
@@ -178,23 +174,64 @@ func TestCounterAndZeros(t *testing.T) {
 	}
 }
 
-func TestMemoryOf(t *testing.T) {
-	if mib, err := memoryOf(os.Getpid()); err != nil || mib <= 0 || mib > 1<<20 {
-		t.Errorf("this process: %v MiB, %v", mib, err)
+func TestArguments(t *testing.T) {
+	if _, err := (Bench{}).Run(t.Context(), "nothing"); err == nil || !strings.Contains(err.Error(), `"nothing"`) {
+		t.Errorf("an unknown benchmark: %v", err)
 	}
-	if _, err := memoryOf(0); err == nil {
-		t.Error("there is a process 0")
+	if _, err := (Bench{N: -1}).Run(t.Context(), "exec"); err == nil || !strings.Contains(err.Error(), "-1") {
+		t.Errorf("a negative number: %v", err)
+	}
+	for _, name := range Usual() {
+		if !strings.Contains(strings.Join(Names(), " "), name) {
+			t.Errorf("there is no %s", name)
+		}
 	}
 }
 
-func TestHostFacts(t *testing.T) {
-	facts := hostFacts()
-	for _, want := range []string{"Linux ", " cpus", "load "} {
-		if !strings.Contains(facts, want) {
-			t.Errorf("%q does not say %q", facts, want)
+// Any growth is an error that names what grew; memory may grow.
+func TestGrowth(t *testing.T) {
+	set := func(names ...string) map[string]bool {
+		m := make(map[string]bool)
+		for _, n := range names {
+			m[n] = true
+		}
+		return m
+	}
+	before := remains{set("a", "b"), map[int]bool{7: true}, set("3 (pipe)"), 5, 20}
+	for name, c := range map[string]struct {
+		after remains
+		want  []string
+	}{
+		"nothing":        {before, nil},
+		"memory":         {remains{before.files, before.processes, before.descriptors, 9, 99}, nil},
+		"less":           {remains{set("a"), nil, nil, 1, 1}, nil},
+		"others as many": {remains{set("c", "d"), map[int]bool{8: true}, set("4 (pipe)"), 5, 20}, nil},
+		"a file":         {remains{set("a", "b", "run/x"), nil, nil, 5, 20}, []string{"1 files", "(run/x)"}},
+		"a process":      {remains{nil, map[int]bool{7: true, 99: true}, nil, 5, 20}, []string{"1 processes", "(99)"}},
+		"a descriptor":   {remains{nil, nil, set("3 (pipe)", "9 (socket)"), 5, 20}, []string{"1 descriptors", "9 (socket)"}},
+		"all":            {remains{set("1", "2", "3", "4", "5", "6"), map[int]bool{1: true, 2: true}, set("8", "9"), 5, 20}, []string{"4 files", "1, 2, 3, 4, ...", "1 processes", "1 descriptors"}},
+	} {
+		table := &Table{}
+		err := table.growth(before, c.after, 80)
+		if (err != nil) != (c.want != nil) {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		for _, want := range append(c.want, "80 cycles left behind") {
+			if err != nil && !strings.Contains(err.Error(), want) {
+				t.Errorf("%s: %v, and no word of %q", name, err, want)
+			}
+		}
+		if len(table.Rows) != 5 || table.p("more files below the home", 0) != float64(len(c.after.files)-2) || table.p("more memory of this process (RSS)", 0) != c.after.memory-20 {
+			t.Errorf("%s: rows %+v", name, table.Rows)
 		}
 	}
-	if strings.Contains(facts, "\n") {
-		t.Errorf("%q is no line", facts)
+}
+
+func TestCrowdedError(t *testing.T) {
+	cause := errors.New("only 5 of 100 MiB of memory are available")
+	err := error(&crowdedError{12, 500, cause})
+	if err.Error() != "stopped at 12 machines of 500: "+cause.Error() || !errors.Is(err, cause) {
+		t.Errorf("%v", err)
 	}
 }
