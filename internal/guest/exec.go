@@ -44,22 +44,33 @@ func (a *Agent) exec(conn net.Conn, st *guestrpc.Stream, req *guestrpc.Exec) err
 	default:
 		return guestrpc.Errorf(guestrpc.CodeInternal, "%d commands run already", maxExecs)
 	}
-	id, err := a.users.resolve(req.User)
-	if err != nil {
-		return err
-	}
-	s, err := openStdio(req, id)
+	p, s, err := a.launch(req)
 	if err != nil {
 		return err
 	}
 	defer s.Close()
+	defer p.release()
+	return newExecution(conn, st, req, p, s).run()
+}
+
+// launch starts what req asks for. The caller closes our ends of what it is
+// connected to, and releases the process.
+func (a *Agent) launch(req *guestrpc.Exec) (*process, *stdio, error) {
+	id, err := a.users.resolve(req.User)
+	if err != nil {
+		return nil, nil, err
+	}
+	s, err := openStdio(req, id)
+	if err != nil {
+		return nil, nil, err
+	}
 	p, err := a.spawn(req, id, s)
 	s.closeTheirs()
 	if err != nil {
-		return err
+		s.Close()
+		return nil, nil, err
 	}
-	defer p.release()
-	return newExecution(conn, st, req, p, s).run()
+	return p, s, nil
 }
 
 func newExecution(conn net.Conn, st *guestrpc.Stream, req *guestrpc.Exec, p *process, s *stdio) *execution {

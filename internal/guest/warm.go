@@ -24,6 +24,9 @@ var warmCommands = [][]string{
 	{"python3", "-c", ""},
 }
 
+// warmTimeout bounds each of them: an image may have anything in their place.
+const warmTimeout = 10 * time.Second
+
 // warm prepares a machine to be saved. Nothing personal is in it yet: no secret,
 // no id, no command of a user.
 func (a *Agent) warm() error {
@@ -58,27 +61,19 @@ func awaitClock(file string) {
 	}
 }
 
-// runOnce runs a command as a host would have it run, and drops its output.
+// runOnce runs a command as a host would have it run, reads none of its output and
+// does not mind how it ends.
 func (a *Agent) runOnce(args []string) error {
-	req := &guestrpc.Exec{Args: args, KillAll: true}
-	id, err := a.users.resolve(req.User)
-	if err != nil {
-		return err
-	}
-	s, err := openStdio(req, id)
-	if err != nil {
-		return err
-	}
-	defer s.Close()
-	p, err := a.spawn(req, id, s)
-	s.closeTheirs()
+	p, s, err := a.launch(&guestrpc.Exec{Args: args, KillAll: true})
 	if errors.Is(err, guestrpc.ErrNotFound) || errors.Is(err, guestrpc.ErrNotRunnable) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
+	defer s.Close()
 	defer p.release()
+	defer time.AfterFunc(warmTimeout, p.killAll).Stop()
 	_, err = p.wait(true)
 	p.gone()
 	return err

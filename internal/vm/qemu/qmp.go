@@ -150,6 +150,12 @@ func (q *qmp) do(cancel <-chan struct{}, command string, args any) (json.RawMess
 	return q.answer(cancel, call)
 }
 
+// qmpCommand is a command to be sent.
+type qmpCommand struct {
+	name string
+	args any
+}
+
 // qmpCall is a command that was sent.
 type qmpCall struct {
 	command string

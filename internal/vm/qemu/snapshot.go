@@ -86,15 +86,12 @@ func (m *machine) save(ctx context.Context, s vm.Snapshot) error {
 	if err := m.qmp.giveFile(ctx.Done(), "state", m.saved.State); err != nil {
 		return err
 	}
-	for _, c := range []struct {
-		command string
-		args    any
-	}{
+	for _, c := range []qmpCommand{
 		{"stop", nil},
 		{"migrate-set-capabilities", snapshotCapabilities},
 		{"migrate", map[string]string{"uri": "fd:state"}},
 	} {
-		if _, err := m.qmp.do(ctx.Done(), c.command, c.args); err != nil {
+		if _, err := m.qmp.do(ctx.Done(), c.name, c.args); err != nil {
 			return err
 		}
 	}

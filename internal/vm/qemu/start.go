@@ -166,22 +166,15 @@ func (m *machine) startProcess(program string, args []string, inherit ...*os.Fil
 // What QEMU is to do is sent before it can listen: each answer waited for would
 // cost a switch of processes.
 func (m *machine) handshake(ctx context.Context, clone bool) error {
-	calls := []struct {
-		command string
-		args    any
-	}{{"qmp_capabilities", nil}}
+	commands := []qmpCommand{{"qmp_capabilities", nil}}
 	if clone {
-		calls = append(calls, []struct {
-			command string
-			args    any
-		}{
-			{"migrate-set-capabilities", snapshotCapabilities},
-			{"migrate-incoming", map[string]string{"uri": fmt.Sprintf("fd:%d", fdState)}},
-		}...)
+		commands = append(commands,
+			qmpCommand{"migrate-set-capabilities", snapshotCapabilities},
+			qmpCommand{"migrate-incoming", map[string]string{"uri": fmt.Sprintf("fd:%d", fdState)}})
 	}
 	var sent []*qmpCall
-	for _, c := range calls {
-		call, err := m.qmp.send(c.command, c.args, nil)
+	for _, c := range commands {
+		call, err := m.qmp.send(c.name, c.args, nil)
 		if err != nil {
 			return m.startError(ctx, err)
 		}
