@@ -96,7 +96,7 @@ func (p *place) remains(t *testing.T) []string {
 		}
 	}
 	err := filepath.WalkDir(p.dir, func(path string, d fs.DirEntry, err error) error {
-		if err == nil && !slices.Contains([]string{"facts.json", ".lock", "run"}, d.Name()) {
+		if err == nil && !slices.Contains([]string{"facts.json", ".lock", "run"}, d.Name()) && !p.keeps(path) {
 			found = append(found, "file "+path)
 		}
 		return err
@@ -106,6 +106,28 @@ func (p *place) remains(t *testing.T) []string {
 	}
 	slices.Sort(found)
 	return found
+}
+
+// storeFile matches the names in a store of templates that stay: the store's own,
+// and those of a template that is whole.
+var storeFile = regexp.MustCompile(`^(lock|locks(/[0-9a-f]{32})?|making|templates(/([0-9a-f]{32})(/(memory|state|manifest\.json|used|verified))?)?)?$`)
+
+// keeps says whether a run may leave the file: it is of the store of templates.
+func (p *place) keeps(path string) bool {
+	store := filepath.Join(p.home(), "templates")
+	name, ok := strings.CutPrefix(path, store)
+	m := storeFile.FindStringSubmatch(strings.TrimPrefix(name, "/"))
+	if !ok || m == nil {
+		return false
+	}
+	if id := m[4]; id != "" {
+		for _, part := range []string{"memory", "state", "manifest.json"} {
+			if _, err := os.Lstat(filepath.Join(store, "templates", id, part)); err != nil {
+				return false // of one that is torn
+			}
+		}
+	}
+	return true
 }
 
 // sameAs fails if something remains that was not there before.

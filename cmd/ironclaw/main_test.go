@@ -16,7 +16,11 @@ import (
 	"github.com/ironclaw-run/ironclaw/internal/testenv"
 )
 
+// quickRace spares the second that a program built with -race sleeps at its end.
+const quickRace = "atexit_sleep_ms=10"
+
 func TestMain(m *testing.M) {
+	os.Setenv("GORACE", quickRace)
 	testscript.Main(m, map[string]func(){
 		"ironclaw": func() { os.Exit(cli.Main(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) },
 	})
@@ -28,13 +32,14 @@ func TestScripts(t *testing.T) {
 		Dir: "testdata/fast",
 		Setup: func(e *testscript.Env) error {
 			e.Setenv("IRONCLAW_HOME", filepath.Join(e.WorkDir, "home"))
+			e.Setenv("GORACE", quickRace)
 			return nil
 		},
 		Condition: func(cond string) (bool, error) {
 			if cond != "agent" {
 				return false, fmt.Errorf("unknown condition %q", cond)
 			}
-			_, err := kernel.Agent()
+			_, err := kernel.BuiltInAgent()
 			return err == nil, nil
 		},
 		RequireExplicitExec: true,
@@ -51,6 +56,7 @@ func TestMachineScripts(t *testing.T) {
 			if err := useHome(e.WorkDir, e.Setenv); err != nil {
 				return err
 			}
+			e.Setenv("GORACE", quickRace)
 			k, err := sandbox.Open(filepath.Join(e.WorkDir, "home")).Kernels.Current(context.Background())
 			if err == nil {
 				e.Setenv("KERNEL", k.ELF)
@@ -89,7 +95,7 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 func prepared(t testing.TB) {
 	t.Helper()
 	testenv.NeedVM(t)
-	if _, err := kernel.Agent(); err != nil {
+	if _, err := kernel.BuiltInAgent(); err != nil {
 		testenv.Skip(t, err.Error())
 	}
 	home, err := sandbox.DefaultHome()

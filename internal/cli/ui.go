@@ -17,6 +17,7 @@ import (
 	"github.com/ironclaw-run/ironclaw/internal/guestrpc"
 	"github.com/ironclaw-run/ironclaw/internal/image"
 	"github.com/ironclaw-run/ironclaw/internal/state"
+	"github.com/ironclaw-run/ironclaw/internal/template"
 	"github.com/ironclaw-run/ironclaw/internal/vm"
 )
 
@@ -216,6 +217,8 @@ func hint(err error) string {
 		return remedied.Hint()
 	case errors.Is(err, image.ErrNotFound):
 		return "`ironclaw image ls` shows what there is, `ironclaw image build NAME` makes one"
+	case errors.Is(err, template.ErrNotFound):
+		return "`ironclaw template ls` shows what there is"
 	case errors.Is(err, image.ErrInUse):
 		return "wait until the sandboxes that use it have ended"
 	case errors.Is(err, state.ErrNameInUse):

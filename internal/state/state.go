@@ -200,6 +200,10 @@ func (s *Store) Reconcile() ([]Record, error) {
 			}
 			continue // somebody holds it, or has just released it
 		}
+		if !still(lock, filepath.Join(dir, lockFile)) {
+			lock.Close() // released between our opening and our locking it
+			continue
+		}
 		errs = append(errs, r.VMM.end(), os.RemoveAll(dir))
 		lock.Close()
 		cleaned = append(cleaned, r)
@@ -226,6 +230,16 @@ func tryLock(path string) (*os.File, error) {
 		return nil, err
 	}
 	return f, nil
+}
+
+// still reports whether path is still the open file f.
+func still(f *os.File, path string) bool {
+	a, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	b, err := os.Stat(path)
+	return err == nil && os.SameFile(a, b)
 }
 
 // Describe names a running process of this host.

@@ -188,6 +188,9 @@ func (q *qmp) send(command string, args any, control []byte) (*qmpCall, error) {
 		q.conn.SetWriteDeadline(time.Now().Add(10 * time.Second)) // QEMU reads at once or is stuck
 		_, _, err = q.conn.WriteMsgUnix(append(msg, '\n'), control, nil)
 	}
+	if errors.Is(err, unix.EPIPE) || errors.Is(err, net.ErrClosed) { // it has ended already
+		err = errQMPClosed
+	}
 	if err != nil {
 		return nil, fmt.Errorf("QMP %s: %w", command, err)
 	}

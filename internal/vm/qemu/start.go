@@ -176,7 +176,7 @@ func (m *machine) handshake(ctx context.Context, clone bool) error {
 	for _, c := range commands {
 		call, err := m.qmp.send(c.name, c.args, nil)
 		if err != nil {
-			return m.startError(ctx, err)
+			return m.snapshotError(ctx, clone, err)
 		}
 		sent = append(sent, call)
 	}
