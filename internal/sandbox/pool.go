@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/ironclaw-run/ironclaw/internal/guestrpc"
 	"github.com/ironclaw-run/ironclaw/internal/pool"
@@ -17,8 +18,8 @@ type PoolOptions struct {
 	Sandbox Options // of each; Name must be empty
 	Size    int     // sandboxes kept ready, 1 to pool.MaxSize
 	CPU     float64 // processors that refilling may take on average; 0 means 1
-	// Warm are commands that each sandbox runs before it is handed out, as the
-	// agent's user. nil means one that does nothing.
+	// Warm are commands that each sandbox runs, twice, before it is handed out, as
+	// the agent's user. nil means one that does nothing.
 	Warm [][]string
 	// OnError is told why a sandbox was not made or was thrown away; nil for
 	// nobody. It is called by several goroutines.
@@ -47,7 +48,8 @@ func (h *Host) createWarm(ctx context.Context, opts Options, warm [][]string) (*
 	if err != nil {
 		return nil, err
 	}
-	for _, args := range warm {
+	// Twice: what a command leaves to the next one is code that runs, too.
+	for _, args := range slices.Repeat(warm, 2) {
 		p, err := s.Start(ctx, Cmd{Args: args})
 		if errors.Is(err, guestrpc.ErrNotFound) { // an image without it is as good
 			continue
