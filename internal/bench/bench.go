@@ -12,7 +12,7 @@
 // noisy if
 //
 //   - a fixed piece of arithmetic, timed before each sample (SHA-256 of a buffer,
-//     about 2.5 ms), took more than 1.5 times its least time at the 90th percentile;
+//     about 2.5 ms), took more than 1.75 times its least time at the 90th percentile;
 //   - or the hypervisor below us took more than 5 % of the CPU time (steal);
 //   - or other processes used more than 25 % of the CPUs: what /proc/stat counts as
 //     busy, less what this process and its descendants used.

@@ -18,11 +18,11 @@ func TestNoisy(t *testing.T) {
 		"nothing known":      {Conditions{}, ""},
 		"quiet":              {Conditions{even, 0.05, 0.25}, ""},
 		"one of many":        {Conditions{append([]float64{9}, append(even, even...)...), 0, 0}, ""},
-		"arithmetic":         {Conditions{[]float64{2, 3.1}, 0, 0}, "the same arithmetic took 2.00 to 3.10 ms"},
+		"arithmetic":         {Conditions{[]float64{2, 3.6}, 0, 0}, "the same arithmetic took 2.00 to 3.60 ms"},
 		"steal":              {Conditions{even, 0.06, 0}, "the hypervisor took 6 % of the CPU time"},
 		"others":             {Conditions{even, 0, 0.5}, "other processes used 50 % of the CPUs"},
 		"all, joined by ,":   {Conditions{[]float64{2, 4}, 0.1, 0.3}, "the same arithmetic took 2.00 to 4.00 ms, the hypervisor took 10 % of the CPU time, other processes used 30 % of the CPUs"},
-		"exactly the bounds": {Conditions{[]float64{2, 3}, maxSteal, maxOthers}, ""},
+		"exactly the bounds": {Conditions{[]float64{2, 3.5}, maxSteal, maxOthers}, ""},
 	} {
 		if got := c.c.noisy(); got != c.want {
 			t.Errorf("%s: %q", name, got)

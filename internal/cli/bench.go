@@ -28,7 +28,7 @@ Unless some are named: start, exec, io and pool. Things to compare are measured 
 turn, after one of each that does not count.
 
 A table prints no medians, only the least values, if the machine was busy with
-something else: if fixed arithmetic, timed before each sample, took more than 1.5
+something else: if fixed arithmetic, timed before each sample, took more than 1.75
 times its least time at the 90th percentile; if the hypervisor took more than 5 %
 of the CPU time; or if processes that are not ours used more than 25 % of the CPUs.
 --json has every value all the same, and why the table is noisy.`

@@ -29,7 +29,7 @@ func TestBenchUsage(t *testing.T) {
 // The help says when no median is quoted.
 func TestBenchHelp(t *testing.T) {
 	code, stdout, _ := run(t, "bench", "--help")
-	for _, want := range []string{"start|exec|io|pool|density|cycles", "1.5", "5 %", "25 %", "-n, --runs"} {
+	for _, want := range []string{"start|exec|io|pool|density|cycles", "1.75", "5 %", "25 %", "-n, --runs"} {
 		if code != 0 || !strings.Contains(stdout, want) {
 			t.Errorf("code %d, no %q in %s", code, want, stdout)
 		}
