@@ -56,3 +56,14 @@ func flock(f *os.File, how int) error {
 		}
 	}
 }
+
+// Holds reports whether path still names the open file f. A lock on a file that
+// has been removed or replaced meanwhile holds nothing.
+func Holds(f *os.File, path string) bool {
+	a, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	b, err := os.Stat(path)
+	return err == nil && os.SameFile(a, b)
+}

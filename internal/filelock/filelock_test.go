@@ -3,6 +3,7 @@ package filelock
 import (
 	"context"
 	"errors"
+	"os"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -58,5 +59,29 @@ func TestLockCancelled(t *testing.T) {
 func TestLockNowhere(t *testing.T) {
 	if _, err := Lock(t.Context(), filepath.Join(t.TempDir(), "absent", "lock")); err == nil {
 		t.Error("locked a file in a directory that is not there")
+	}
+}
+
+func TestHolds(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "lock")
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if !Holds(f, path) {
+		t.Error("a file that is there is not")
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	if Holds(f, path) {
+		t.Error("a file that was removed is there")
+	}
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if Holds(f, path) {
+		t.Error("one file was taken for another")
 	}
 }

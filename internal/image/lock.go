@@ -48,13 +48,3 @@ func flock(f *os.File, how int) error {
 		}
 	}
 }
-
-// samePath says whether path still names the open file f.
-func samePath(f *os.File, path string) bool {
-	a, err := f.Stat()
-	if err != nil {
-		return false
-	}
-	b, err := os.Stat(path)
-	return err == nil && os.SameFile(a, b)
-}

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ironclaw-run/ironclaw/internal/atomicfile"
+	"github.com/ironclaw-run/ironclaw/internal/filelock"
 )
 
 // Store is a directory of images. Many processes may use one at the same time.
@@ -225,7 +226,7 @@ func (s *Store) Use(img *Image) (release func(), err error) {
 		f.Close()
 		return nil, fmt.Errorf("use image %s: lock: %w", img.Name, err)
 	}
-	if !samePath(f, img.Path) {
+	if !filelock.Holds(f, img.Path) {
 		f.Close()
 		return nil, fmt.Errorf("use image %s: %w", img.Name, ErrNotFound)
 	}

@@ -200,7 +200,7 @@ func (s *Store) Reconcile() ([]Record, error) {
 			}
 			continue // somebody holds it, or has just released it
 		}
-		if !still(lock, filepath.Join(dir, lockFile)) {
+		if !filelock.Holds(lock, filepath.Join(dir, lockFile)) {
 			lock.Close() // released between our opening and our locking it
 			continue
 		}
@@ -230,16 +230,6 @@ func tryLock(path string) (*os.File, error) {
 		return nil, err
 	}
 	return f, nil
-}
-
-// still reports whether path is still the open file f.
-func still(f *os.File, path string) bool {
-	a, err := f.Stat()
-	if err != nil {
-		return false
-	}
-	b, err := os.Stat(path)
-	return err == nil && os.SameFile(a, b)
 }
 
 // Describe names a running process of this host.
