@@ -84,6 +84,10 @@ func TestLayers(t *testing.T) {
 		{"internal/template", "internal/sandbox", "only sandbox knows all the others"},
 		{"internal/verifyonce", "internal/image", "it knows files, not what they are for"},
 		{"internal/verifyonce", "internal/template", "it knows files, not what they are for"},
+		{"internal/firewall/rules", "internal/", "rules are data"},
+		{"internal/firewall/nft", "internal/firewall/iptables", "one way to set rules knows nothing of the other"},
+		{"internal/firewall/iptables", "internal/firewall/nft", "one way to set rules knows nothing of the other"},
+		{"internal/firewall", "internal/sandbox", "only sandbox knows all the others"},
 		{"internal/sparse", "internal/", "it copies bytes and knows no one"},
 		{"internal/cli", "internal/vm/", "the command line links no driver"},
 	}
