@@ -99,11 +99,16 @@ func (e *InUseError) Error() string {
 // Result tells what has been set and seen.
 type Result struct {
 	Backend string // NFT or IPTables
+	Version string // of iptables' programs; "" with nftables, which needs none
 	Rules   Rules
 }
 
 func (r Result) String() string {
-	return fmt.Sprintf("%s: everything is dropped on %s", r.Backend, hooks(r.Rules))
+	by := r.Backend
+	if r.Version != "" {
+		by += " " + r.Version
+	}
+	return fmt.Sprintf("%s: everything is dropped on %s", by, hooks(r.Rules))
 }
 
 func hooks(r Rules) string {
@@ -125,16 +130,24 @@ func Set(ctx context.Context, r Rules, o Options) (Result, error) {
 	if err := alone(r); err != nil {
 		return Result{}, err
 	}
+	result := Result{Rules: r}
 	b, err := first(o, func(b rules.Backend) error {
-		if err := b.Set(ctx, r); err != nil {
+		err := b.Set(ctx, r)
+		if err != nil {
 			return err
 		}
-		return b.Verify(ctx, r)
+		if tools, ok := b.(*iptables.Backend); ok {
+			if result.Version, err = tools.Version(ctx); err != nil {
+				return err
+			}
+		}
+		return b.Verify(ctx, r) // last: what it sees is what holds
 	})
 	if err != nil {
 		return Result{}, err
 	}
-	return Result{Backend: b.Name(), Rules: r}, nil
+	result.Backend = b.Name()
+	return result, nil
 }
 
 // alone refuses to close a namespace that is in use. Devices that are down may be

@@ -56,9 +56,9 @@ var variants = []struct{ backend, multi string }{
 }
 
 func TestSet(t *testing.T) {
-	n, r := firewalltest.New(t), Machine("m")
+	n, r, o := firewalltest.New(t), Machine("m"), options(t, Auto, "")
 	err := n.Do(func() error {
-		got, err := Set(t.Context(), r, options(t, Auto, ""))
+		got, err := Set(t.Context(), r, o)
 		if got.Backend != NFT || got.String() != "nft: everything is dropped on input, forward, output" {
 			t.Errorf("%+v", got)
 		}
@@ -66,6 +66,20 @@ func TestSet(t *testing.T) {
 	})
 	if err != nil {
 		t.Fatal(err)
+	}
+	for _, v := range variants[1:] {
+		n, o := firewalltest.New(t), options(t, v.backend, v.multi)
+		err := n.Do(func() error {
+			got, err := Set(t.Context(), r, o)
+			variant := map[string]string{"xtables-nft-multi": "(nf_tables)", "xtables-legacy-multi": "(legacy)"}[v.multi]
+			if !strings.HasPrefix(got.Version, "v") || !strings.Contains(got.String(), variant) {
+				t.Errorf("%+v", got)
+			}
+			return err
+		})
+		if err != nil {
+			t.Error(err)
+		}
 	}
 	err = n.Do(func() error { _, err := Set(t.Context(), r, Options{Backend: "pf"}); return err })
 	if err == nil || !strings.Contains(err.Error(), "pf") {
@@ -76,10 +90,10 @@ func TestSet(t *testing.T) {
 // What Verify finds stops Set: here another table, which Set does not touch.
 func TestSetFailsClosed(t *testing.T) {
 	testenv.NeedTool(t, "nft", "nftables")
-	n := firewalltest.New(t)
+	n, o := firewalltest.New(t), options(t, Auto, "")
 	n.Run(t, "nft add table netdev other")
 	err := n.Do(func() error {
-		got, err := Set(t.Context(), Machine("m"), options(t, Auto, ""))
+		got, err := Set(t.Context(), Machine("m"), o)
 		if got.Backend != "" {
 			t.Errorf("%+v", got)
 		}
@@ -94,10 +108,10 @@ func TestSetFailsClosed(t *testing.T) {
 // down are no network.
 func TestSetNotInUse(t *testing.T) {
 	testenv.NeedTool(t, "ip", "iproute2")
-	n := firewalltest.New(t)
+	n, o := firewalltest.New(t), options(t, Auto, "")
 	n.Run(t, "ip link set lo up\nip link add v0 type veth peer name v1")
 	set := func() error {
-		return n.Do(func() error { _, err := Set(t.Context(), Machine("m"), options(t, Auto, "")); return err })
+		return n.Do(func() error { _, err := Set(t.Context(), Machine("m"), o); return err })
 	}
 	if err := set(); err != nil {
 		t.Error(err)

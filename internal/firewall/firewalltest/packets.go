@@ -90,12 +90,13 @@ type probe struct {
 	hook     rules.Hook // that it meets in the machine's namespace
 	from, to *Namespace
 	uid      uint32 // who sends it
+	toUID    uint32 // whose socket it is for
 	network  string // "udp", "tcp", "icmp", "icmp6"
 	addr     string // in the namespace to; with a port unless it is ICMP
 }
 
 func (p probe) String() string {
-	return fmt.Sprintf("%s (%s %s, user %d)", p.name, p.network, p.addr, p.uid)
+	return fmt.Sprintf("%s (%s %s, from user %d to user %d)", p.name, p.network, p.addr, p.uid, p.toUID)
 }
 
 // probes are the ways out of the machine, into it and through it.
@@ -144,7 +145,7 @@ func (p probe) oneWay() bool { return p.network != "tcp" }
 // for. An error says that the test could not be made.
 func (p probe) delivered(wait time.Duration) (bool, error) {
 	ok := false
-	err := p.to.Do(func() error {
+	err := p.to.As(p.toUID, func() error {
 		l, err := p.listen()
 		if err != nil {
 			return err

@@ -62,6 +62,22 @@ func New(o Options) *Backend {
 // Name is "iptables".
 func (*Backend) Name() string { return "iptables" }
 
+// Version is what the programs call themselves, the variant included:
+// "v1.8.9 (nf_tables)".
+func (b *Backend) Version(ctx context.Context) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	out, err := b.run(ctx, ipv4.restore, rules.Rules{}, "", "--version")
+	if err != nil {
+		return "", err
+	}
+	_, version, ok := strings.Cut(oneLine(out[:min(len(out), 200)]), ipv4.restore+" ")
+	if !ok {
+		return "", fmt.Errorf("%s says no version: %.80q", ipv4.restore, out)
+	}
+	return version, nil
+}
+
 // MissingToolError says that a program is not installed. Without ip6tables half of
 // the packets would pass: so that one is missed as much as the other.
 type MissingToolError struct {
@@ -247,7 +263,10 @@ func (b *Backend) run(ctx context.Context, tool string, r rules.Rules, stdin str
 		if cause := context.Cause(ctx); cause != nil {
 			err = cause
 		}
-		return nil, fmt.Errorf("%s: %w%s", tool, err, firstLines(says.Bytes()))
+		if why := oneLine(says.Bytes()); why != "" {
+			return nil, fmt.Errorf("%s: %w: %s", tool, err, why)
+		}
+		return nil, fmt.Errorf("%s: %w", tool, err)
 	}
 	if out.over {
 		return nil, fmt.Errorf("%s says more than %d bytes", tool, maxOutput)
@@ -255,13 +274,15 @@ func (b *Backend) run(ctx context.Context, tool string, r rules.Rules, stdin str
 	return out.Bytes(), nil
 }
 
-// firstLines is what a program complained of, on one line.
-func firstLines(b []byte) string {
-	words := strings.Fields(strings.ToValidUTF8(string(b), "?"))
-	if len(words) == 0 {
-		return ""
+// oneLine is what a program said, fit for a line of an error.
+func oneLine(b []byte) string {
+	printable := func(r rune) rune {
+		if r < ' ' || r == 0x7f {
+			return ' '
+		}
+		return r
 	}
-	return ": " + strings.Join(words, " ")
+	return strings.Join(strings.Fields(strings.Map(printable, strings.ToValidUTF8(string(b), "?"))), " ")
 }
 
 // bounded keeps the first max bytes that are written to it.
