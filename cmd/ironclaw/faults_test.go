@@ -27,6 +27,8 @@ import (
 type place struct {
 	dir string
 	env []string
+
+	runFlags []string // of every run
 }
 
 func newPlace(t *testing.T) *place {
@@ -49,6 +51,9 @@ func (p *place) home() string { return filepath.Join(p.dir, "home") }
 
 // command is the program with these arguments, in this place.
 func (p *place) command(ctx context.Context, args ...string) *exec.Cmd {
+	if args[0] == "run" {
+		args = slices.Concat(args[:1], p.runFlags, args[1:])
+	}
 	cmd := exec.CommandContext(ctx, os.Args[0], args...)
 	cmd.Args[0] = "ironclaw" // see TestMain
 	cmd.Env = p.env

@@ -5,6 +5,10 @@ import (
 	"os"
 
 	"github.com/ironclaw-run/ironclaw/internal/cli"
+	"github.com/ironclaw-run/ironclaw/internal/jail"
 )
 
-func main() { os.Exit(cli.Main(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) }
+func main() {
+	jail.Init() // this may be the process that becomes a VMM
+	os.Exit(cli.Main(os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+}

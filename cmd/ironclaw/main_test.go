@@ -11,6 +11,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/ironclaw-run/ironclaw/internal/cli"
+	"github.com/ironclaw-run/ironclaw/internal/jail"
 	"github.com/ironclaw-run/ironclaw/internal/kernel"
 	"github.com/ironclaw-run/ironclaw/internal/sandbox"
 	"github.com/ironclaw-run/ironclaw/internal/testenv"
@@ -20,6 +21,7 @@ import (
 const quickRace = "atexit_sleep_ms=10"
 
 func TestMain(m *testing.M) {
+	jail.Init()
 	os.Setenv("GORACE", quickRace)
 	testscript.Main(m, map[string]func(){
 		"ironclaw": func() { os.Exit(cli.Main(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) },

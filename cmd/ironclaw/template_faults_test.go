@@ -190,10 +190,10 @@ func otherImage(t *testing.T, p *place) string {
 	names, disks := filepath.Join(images, "names"), filepath.Join(images, "disks")
 	check(t, os.MkdirAll(names, 0o700))
 	check(t, os.MkdirAll(disks, 0o700))
-	check(t, os.WriteFile(filepath.Join(disks, filepath.Base(img.Path)), disk, 0o600))
+	check(t, os.WriteFile(filepath.Join(disks, filepath.Base(img.Path)), disk, 0o644))
 	disk[0] ^= 1 // before the file system begins
 	digest := fmt.Sprintf("%x", sha256.Sum256(disk))
-	check(t, os.WriteFile(filepath.Join(disks, digest), disk, 0o600))
+	check(t, os.WriteFile(filepath.Join(disks, digest), disk, 0o644))
 	for name, b := range map[string][]byte{
 		"base": record, "first": record, "other": bytes.Replace(record, []byte(filepath.Base(img.Path)), []byte(digest), 1),
 	} {

@@ -9,6 +9,7 @@ import (
 
 	"github.com/ironclaw-run/ironclaw/internal/bench"
 	"github.com/ironclaw-run/ironclaw/internal/cli"
+	"github.com/ironclaw-run/ironclaw/internal/jail"
 	"github.com/ironclaw-run/ironclaw/internal/kernel"
 	"github.com/ironclaw-run/ironclaw/internal/sandbox"
 	"github.com/ironclaw-run/ironclaw/internal/testenv"
@@ -16,6 +17,7 @@ import (
 
 // The test's own program is the ironclaw that start runs.
 func TestMain(m *testing.M) {
+	jail.Init()
 	if len(os.Args) > 1 && os.Args[1] == "run" {
 		os.Exit(cli.Main(os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
 	}

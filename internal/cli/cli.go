@@ -86,7 +86,7 @@ func (a *app) root(signals chan os.Signal) *cobra.Command {
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return &usageError{err, verbOf(cmd)}
 	})
-	root.AddCommand(a.runCommand(signals), a.setupCommand(), a.doctorCommand(), a.imageCommand(), a.templateCommand(),
+	root.AddCommand(a.runCommand(signals), a.psCommand(), a.inspectCommand(), a.setupCommand(), a.doctorCommand(), a.imageCommand(), a.templateCommand(),
 		a.benchCommand(), a.versionCommand())
 	return root
 }

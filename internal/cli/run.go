@@ -19,6 +19,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/ironclaw-run/ironclaw/internal/guestrpc"
+	"github.com/ironclaw-run/ironclaw/internal/layer"
 	"github.com/ironclaw-run/ironclaw/internal/sandbox"
 	"github.com/ironclaw-run/ironclaw/internal/vm"
 )
@@ -35,6 +36,8 @@ type runFlags struct {
 	stdin   bool
 	tty     bool
 	timeout time.Duration
+	without []string
+	require []string
 	verbose bool
 	json    bool
 }
@@ -81,6 +84,8 @@ func (a *app) runCommand(signals chan os.Signal) *cobra.Command {
 	fl.StringVar(&f.opts.Link, "link", "auto", "auto, vsock or serial")
 	fl.StringVar(&f.opts.Kernel, "kernel", "", "kernel image to boot: a bzImage or ELF file")
 	fl.StringVar(&f.opts.Modules, "modules", "", "directory with the modules of --kernel (default /lib/modules/RELEASE)")
+	fl.StringArrayVar(&f.without, "without", nil, "go without a layer of isolation (ironclaw doctor lists them)")
+	fl.StringArrayVar(&f.require, "require", nil, "let nothing else stand in for a layer of isolation")
 	fl.BoolVar(&f.opts.Cold, "cold", false, "boot the machine: neither use a template nor keep one")
 	fl.BoolVar(&f.opts.ASLR, "aslr", false, "randomise addresses in the guest also where emulation makes that slow")
 	fl.BoolVarP(&f.verbose, "verbose", "v", false, "say what is happening and how long it takes")
@@ -111,6 +116,12 @@ func (f *runFlags) complete(argv []string) (sandbox.Cmd, error) {
 	}
 	if f.workdir != "" && !path.IsAbs(f.workdir) {
 		return cmd, bad("workdir", fmt.Errorf("%q is not absolute", f.workdir))
+	}
+	if f.opts.Without, err = layer.ParseSet(f.without); err != nil {
+		return cmd, bad("without", err)
+	}
+	if f.opts.Require, err = layer.ParseSet(f.require); err != nil {
+		return cmd, bad("require", err)
 	}
 	if cmd.Env, err = environment(f.env, f.envFile); err != nil {
 		return cmd, &usageError{err, "run "}

@@ -17,7 +17,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ironclaw-run/ironclaw/internal/image"
+	"github.com/ironclaw-run/ironclaw/internal/jail"
 	"github.com/ironclaw-run/ironclaw/internal/kernel"
+	"github.com/ironclaw-run/ironclaw/internal/layer"
 	"github.com/ironclaw-run/ironclaw/internal/link/vsock"
 	"github.com/ironclaw-run/ironclaw/internal/sandbox"
 	"github.com/ironclaw-run/ironclaw/internal/vm"
@@ -61,7 +63,41 @@ func Examine(ctx context.Context, h *sandbox.Host, progress func(string)) []Chec
 	imageCheck, haveImage := baseImage(ctx, h)
 	checks = append(checks, kernelCheck, imageCheck)
 	ready := haveKernel && haveImage && Healthy(checks)
-	return append(checks, accelerator(ctx, h, ready, progress), transport())
+	checks = append(checks, accelerator(ctx, h, ready, progress), transport())
+	return append(checks, isolation(ctx)...)
+}
+
+// isolation makes a jail and tells of each layer around the VMM how it stands here.
+func isolation(ctx context.Context) []Check {
+	report, errs := jail.Check(ctx, nil)
+	var checks []Check
+	for _, err := range errs {
+		c := Check{Name: "isolation", Status: Missing, Detail: err.Error()}
+		if lacking, ok := errors.AsType[*layer.Error](err); ok {
+			c.Name, c.Detail, c.Remedy = layerName(lacking.Layer), lacking.Err.Error(), lacking.Remedy
+		}
+		checks = append(checks, c)
+	}
+	for _, s := range report {
+		c := Check{Name: layerName(s.Layer), Status: OK, Detail: s.Detail}
+		switch s.State {
+		case layer.Off: // it is missing, and has been told of
+			continue
+		case layer.Held, layer.Absent:
+			c.Status, c.Remedy = Limited, remedies[s.Layer]
+		}
+		checks = append(checks, c)
+	}
+	return checks
+}
+
+func layerName(n layer.Name) string { return "layer " + string(n) }
+
+// remedies give the layers that something else stands in for.
+var remedies = map[layer.Name]string{
+	layer.Cgroup:   "run it in a cgroup of its own: systemd-run --user --scope -p Delegate=yes ironclaw ...",
+	layer.Landlock: "a kernel with Landlock in its list of security modules (lsm=landlock,...)",
+	layer.Guard:    "run ironclaw as root, which gives each VMM a user of its own",
 }
 
 func agent() Check {

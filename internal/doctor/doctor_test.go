@@ -9,9 +9,16 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/ironclaw-run/ironclaw/internal/jail"
 	"github.com/ironclaw-run/ironclaw/internal/kernel"
+	"github.com/ironclaw-run/ironclaw/internal/layer"
 	"github.com/ironclaw-run/ironclaw/internal/sandbox"
 )
+
+func TestMain(m *testing.M) {
+	jail.Init()
+	os.Exit(m.Run())
+}
 
 func TestHealthy(t *testing.T) {
 	for _, c := range []struct {
@@ -114,6 +121,11 @@ func TestOrder(t *testing.T) {
 		got = append(got, c.Name)
 	}
 	wanted := []string{"guest agent", "QEMU", "apt", "dpkg", "image build", "directory", "memory", "kernel", "image base", "accelerator", "link"}
+	for _, n := range layer.All() {
+		if !n.Guest() {
+			wanted = append(wanted, "layer "+string(n))
+		}
+	}
 	if d := cmp.Diff(wanted, got); d != "" {
 		t.Errorf("-want +got:\n%s", d)
 	}

@@ -183,6 +183,9 @@ func extractFile(from, to string) (string, error) {
 		return "", err
 	}
 	defer out.Close()
+	if err := out.Chmod(0o644); err != nil { // whatever the umask: the VMM runs as another user
+		return "", err
+	}
 	h := sha256.New()
 	if err := img.extract(io.MultiWriter(out, h)); err != nil {
 		return "", err

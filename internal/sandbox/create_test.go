@@ -175,7 +175,7 @@ func TestCreate(t *testing.T) {
 		t.Errorf("the image of a running sandbox was removed: %v", err)
 	}
 	wantSpec(t, h, s, d.specs[0])
-	if got := strings.Join(phases, " "); got != "reserve image kernel driver template vmm boot" || s.Hello().Kernel != "9.8.7" {
+	if got := strings.Join(phases, " "); got != "reserve jail image kernel driver template vmm boot" || s.Hello().Kernel != "9.8.7" {
 		t.Errorf("phases %q, hello %+v", got, s.Hello())
 	}
 	if err := s.Ping(t.Context(), []byte("hello")); err != nil {

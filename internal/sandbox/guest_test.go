@@ -13,10 +13,14 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/ironclaw-run/ironclaw/internal/guestrpc"
+	"github.com/ironclaw-run/ironclaw/internal/jail"
 	"github.com/ironclaw-run/ironclaw/internal/vm"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	jail.Init()
+	goleak.VerifyTestMain(m)
+}
 
 var frameTypes = map[string]guestrpc.Type{
 	"stdin": guestrpc.FrameStdin, "resize": guestrpc.FrameResize, "signal": guestrpc.FrameSignal,

@@ -18,6 +18,7 @@ import (
 	"github.com/ironclaw-run/ironclaw/internal/apt"
 	"github.com/ironclaw-run/ironclaw/internal/guestrpc"
 	"github.com/ironclaw-run/ironclaw/internal/image"
+	"github.com/ironclaw-run/ironclaw/internal/jail"
 	"github.com/ironclaw-run/ironclaw/internal/kernel"
 	"github.com/ironclaw-run/ironclaw/internal/link"
 	"github.com/ironclaw-run/ironclaw/internal/state"
@@ -78,7 +79,24 @@ func (h *Host) LimitTemplates(bytes int64) {
 }
 
 // Reconcile removes what ended processes have left behind.
-func (h *Host) Reconcile() ([]state.Record, error) { return h.state.Reconcile() }
+func (h *Host) Reconcile() ([]state.Record, error) {
+	cleaned, err := h.state.Reconcile()
+	if len(cleaned) > 0 {
+		ids := make([]string, len(cleaned))
+		for i, r := range cleaned {
+			ids[i] = r.ID
+		}
+		jail.Sweep(ids)
+	}
+	return cleaned, err
+}
+
+// List returns the records of the sandboxes that exist.
+func (h *Host) List() ([]state.Record, error) { return h.state.List() }
+
+// Find returns the record of a sandbox by id, name, or the beginning of an id; the error is
+// state.ErrNotFound if there is none.
+func (h *Host) Find(ref string) (state.Record, error) { return h.state.Find(ref) }
 
 // Setup makes what a first run needs and what is missing: kernel and base image.
 func (h *Host) Setup(ctx context.Context, progress func(string)) error {
@@ -224,7 +242,7 @@ func (h *Host) proveKVM(ctx context.Context, d vm.Driver, spec vm.Spec, progress
 	if !ok {
 		return qemu.Verdict{Reason: "the driver has none"}, nil
 	}
-	spec.CPUs, spec.Memory = 1, vm.DefaultMemory
+	spec.CPUs, spec.Memory, spec.Jail = 1, vm.DefaultMemory, nil
 	return q.ProveKVM(ctx, spec, progress, func(ctx context.Context, m vm.Machine) error {
 		_, _, err := greet(ctx, m, guestrpc.Hello{Hostname: "probe", Pids: DefaultPids})
 		return err

@@ -20,7 +20,9 @@ import (
 
 	"github.com/ironclaw-run/ironclaw/internal/guestrpc"
 	"github.com/ironclaw-run/ironclaw/internal/image"
+	"github.com/ironclaw-run/ironclaw/internal/jail"
 	"github.com/ironclaw-run/ironclaw/internal/kernel"
+	"github.com/ironclaw-run/ironclaw/internal/layer"
 	"github.com/ironclaw-run/ironclaw/internal/link"
 	"github.com/ironclaw-run/ironclaw/internal/state"
 	"github.com/ironclaw-run/ironclaw/internal/template"
@@ -43,7 +45,10 @@ type Options struct {
 	Modules string   // directory with the modules of Kernel; "" means /lib/modules/<release>
 	Command []string // noted in the record
 	Cold    bool     // boot: neither use a template nor make one
-	ASLR    bool     // keep the guest's address space randomisation where it costs much (see vm.Spec)
+	// Without are the layers of isolation that a person chose to go without; Require
+	// those that no other mechanism may stand in for.
+	Without, Require layer.Set
+	ASLR             bool // keep the guest's address space randomisation where it costs much (see vm.Spec)
 	// Progress is told what takes long, nil for nobody.
 	Progress func(step string)
 	// Note is told what went otherwise than it should, and was mended; nil for
@@ -94,6 +99,7 @@ func (h *Host) Create(ctx context.Context, opts Options) (*Sandbox, error) {
 		run  func(context.Context) error
 	}{
 		{"reserve", b.reserve},
+		{"jail", b.prepareJail},
 		{"image", b.findImage},
 		{"kernel", b.findKernel},
 		{"driver", b.chooseDriver},
@@ -101,7 +107,7 @@ func (h *Host) Create(ctx context.Context, opts Options) (*Sandbox, error) {
 		{"", b.bringUp}, // tells its phases itself
 	}
 	if opts.Kernel != "" { // refused, if it must be, before an image is built
-		steps[1], steps[2] = steps[2], steps[1]
+		steps[2], steps[3] = steps[3], steps[2]
 	}
 	for _, step := range steps {
 		if err := ctx.Err(); err != nil {
@@ -199,6 +205,7 @@ func (b *builder) phase(name string) {
 func (b *builder) reserve(context.Context) error {
 	entry, err := b.host.state.Reserve(state.Record{
 		ID: b.s.id, Name: b.opts.Name, Image: b.opts.Image, Command: b.opts.Command, Created: time.Now().UTC(),
+		Without: b.opts.Without.Names(),
 	})
 	if err != nil {
 		return err
@@ -206,6 +213,25 @@ func (b *builder) reserve(context.Context) error {
 	b.entry = entry
 	b.stack.Add(func() { _ = entry.Release() }) // what remains is reconciled
 	return nil
+}
+
+// prepareJail begins to make the jail: most of what that takes happens beside the
+// steps that follow.
+func (b *builder) prepareJail(ctx context.Context) error {
+	j, err := jail.Prepare(ctx, b.jailOptions(b.s.id))
+	if err != nil {
+		return err
+	}
+	b.stack.Add(func() { _ = j.Close() })
+	b.spec.Jail = j
+	return nil
+}
+
+func (b *builder) jailOptions(id string) jail.Options {
+	return jail.Options{
+		ID: id, CPUs: b.opts.CPUs, Memory: b.opts.Memory + vm.Overhead, Disk: b.host.Home,
+		Without: b.opts.Without, Require: b.opts.Require,
+	}
 }
 
 func (b *builder) findImage(ctx context.Context) error {
@@ -266,7 +292,7 @@ func (b *builder) startMachine(ctx context.Context) error {
 		if err != nil {
 			return b.s.ended(err)
 		}
-		return b.entry.Update(func(r *state.Record) { r.VMM = vmm })
+		return b.entry.Update(func(r *state.Record) { r.VMM, r.Layers = vmm, m.Info().Layers })
 	}
 	return nil
 }

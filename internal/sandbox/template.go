@@ -9,6 +9,8 @@ import (
 	"slices"
 
 	"github.com/ironclaw-run/ironclaw/internal/guestrpc"
+	"github.com/ironclaw-run/ironclaw/internal/jail"
+	"github.com/ironclaw-run/ironclaw/internal/layer"
 	"github.com/ironclaw-run/ironclaw/internal/template"
 	"github.com/ironclaw-run/ironclaw/internal/vm"
 )
@@ -19,7 +21,8 @@ import (
 // Without one the machine boots, which only takes longer: whatever is wrong with
 // templates (a full disk, a directory of somebody else's) stops no run.
 func (b *builder) chooseTemplate(ctx context.Context) error {
-	if b.opts.Cold || !slices.Contains(b.driver.Features().Snapshots, vm.Mode{Accel: b.spec.Accel, Link: b.spec.Link}) {
+	// QEMU gets a saved machine's memory by the filter of its system calls.
+	if b.opts.Cold || b.opts.Without.Has(layer.Seccomp) || !slices.Contains(b.driver.Features().Snapshots, vm.Mode{Accel: b.spec.Accel, Link: b.spec.Link}) {
 		return nil
 	}
 	inputs, err := b.templateInputs()
@@ -81,6 +84,11 @@ func (b *builder) saveTemplate(ctx context.Context, dir string) error {
 	}
 	spec := b.spec
 	spec.Saveable = true
+	var err error
+	if spec.Jail, err = jail.Prepare(ctx, b.jailOptions(b.s.id+"-template")); err != nil {
+		return err
+	}
+	defer spec.Jail.Close()
 	m, err := b.driver.Start(ctx, spec)
 	if err != nil {
 		return err
@@ -101,6 +109,9 @@ func (b *builder) bringUp(ctx context.Context) error {
 		b.opts.Note(fmt.Sprintf("remove template %s: %v", b.template.ID, err))
 	}
 	b.template, b.spec.From = nil, nil
+	if err := b.prepareJail(ctx); err != nil { // the first has been used
+		return err
+	}
 	return b.tryBringUp(ctx)
 }
 

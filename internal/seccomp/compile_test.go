@@ -314,7 +314,7 @@ func FuzzCompile(f *testing.F) {
 // The programs as people read them. A change of a profile is a change of these.
 func TestGolden(t *testing.T) {
 	for _, p := range []*Profile{Default(), Strict(), Command()} {
-		got := table(p) + "\nprogram\n" + disassemble(compile(t, p))
+		got := p.String() + "\nprogram\n" + disassemble(compile(t, p))
 		name := "testdata/" + p.Name + ".txt"
 		if *update {
 			if err := os.WriteFile(name, []byte(got), 0o644); err != nil {
@@ -325,38 +325,6 @@ func TestGolden(t *testing.T) {
 			t.Errorf("%s is not as compiled (go test ./internal/seccomp -update): %v", name, err)
 		}
 	}
-}
-
-// table lists what happens to each call.
-func table(p *Profile) string {
-	var b strings.Builder
-	fmt.Fprintf(&b, "otherwise: %s\nother ABIs: %s\n", actionName(p.Default), actionName(p.Foreign))
-	for _, name := range names {
-		for _, r := range p.Rules {
-			if name == "" || !slices.Contains(r.Calls, name) {
-				continue
-			}
-			fmt.Fprintf(&b, "%s: %s", name, actionName(r.Action))
-			for i, c := range r.Conds {
-				fmt.Fprintf(&b, "%s arg%d&%#x %s %#x", []string{" if", " and"}[min(i, 1)], c.Arg, c.Mask,
-					[]string{"==", "!=", "<", "<=", ">", ">="}[c.Op], c.Value)
-			}
-			b.WriteString("\n")
-		}
-	}
-	return b.String()
-}
-
-func actionName(a Action) string {
-	switch a {
-	case Allow:
-		return "allow"
-	case Notify:
-		return "notify"
-	case KillProcess:
-		return "kill"
-	}
-	return fmt.Sprintf("%#x", uint32(a))
 }
 
 func disassemble(prog []unix.SockFilter) string {
@@ -380,7 +348,7 @@ func disassemble(prog []unix.SockFilter) string {
 		case opLeast:
 			s = jump(">=")
 		case opRet:
-			s = actionName(Action(in.K))
+			s = Action(in.K).String()
 		}
 		fmt.Fprintf(&b, "%4d  %s\n", i, s)
 	}

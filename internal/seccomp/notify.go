@@ -54,6 +54,22 @@ func Continue(listener int, id uint64) error {
 	return ioctl(listener, unix.SECCOMP_IOCTL_NOTIF_SEND, unsafe.Pointer(&answer{id: id, flags: unix.SECCOMP_USER_NOTIF_FLAG_CONTINUE}))
 }
 
+// addFD is struct seccomp_notif_addfd.
+type addFD struct {
+	id       uint64
+	flags    uint32
+	source   uint32
+	target   uint32
+	newFlags uint32
+}
+
+// Give makes the call return a new descriptor, close-on-exec, for what fd is open
+// for (Linux 5.14). The error ENOENT means that the caller died.
+func Give(listener int, id uint64, fd int) error {
+	add := addFD{id: id, flags: unix.SECCOMP_ADDFD_FLAG_SEND, source: uint32(fd), newFlags: unix.O_CLOEXEC}
+	return ioctl(listener, unix.SECCOMP_IOCTL_NOTIF_ADDFD, unsafe.Pointer(&add))
+}
+
 // Valid reports whether the call still waits. What was read of its process by its
 // pid is that of another one if it does not.
 func Valid(listener int, id uint64) bool {

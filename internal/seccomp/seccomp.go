@@ -21,7 +21,13 @@
 // others at each call.
 package seccomp
 
-import "golang.org/x/sys/unix"
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
 
 // Action is what happens to a call, as the kernel has it (SECCOMP_RET_*).
 type Action uint32
@@ -34,6 +40,18 @@ const (
 	Log         Action = unix.SECCOMP_RET_LOG
 	Allow       Action = unix.SECCOMP_RET_ALLOW
 )
+
+func (a Action) String() string {
+	switch a {
+	case Allow:
+		return "allow"
+	case Notify:
+		return "notify"
+	case KillProcess:
+		return "kill"
+	}
+	return fmt.Sprintf("%#x", uint32(a))
+}
 
 // Errno is the action that makes the call fail with e.
 func Errno(e unix.Errno) Action {
@@ -102,4 +120,24 @@ func Name(nr int) string {
 		return ""
 	}
 	return names[nr]
+}
+
+// String lists what happens to each call, for people and golden files.
+func (p *Profile) String() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "otherwise: %s\nother ABIs: %s\n", p.Default, p.Foreign)
+	for _, name := range names {
+		for _, r := range p.Rules {
+			if name == "" || !slices.Contains(r.Calls, name) {
+				continue
+			}
+			fmt.Fprintf(&b, "%s: %s", name, r.Action)
+			for i, c := range r.Conds {
+				fmt.Fprintf(&b, "%s arg%d&%#x %s %#x", []string{" if", " and"}[min(i, 1)], c.Arg, c.Mask,
+					[]string{"==", "!=", "<", "<=", ">", ">="}[c.Op], c.Value)
+			}
+			b.WriteString("\n")
+		}
+	}
+	return b.String()
 }

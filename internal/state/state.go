@@ -21,17 +21,20 @@ import (
 	"strings"
 	"time"
 
-	"github.com/ironclaw-run/ironclaw/internal/filelock"
-
 	"golang.org/x/sys/unix"
 
 	"github.com/ironclaw-run/ironclaw/internal/atomicfile"
+	"github.com/ironclaw-run/ironclaw/internal/filelock"
+	"github.com/ironclaw-run/ironclaw/internal/layer"
 	"github.com/ironclaw-run/ironclaw/internal/undo"
 	"github.com/ironclaw-run/ironclaw/internal/vm"
 )
 
 // ErrNameInUse is returned by Reserve for a name or id that another sandbox has.
 var ErrNameInUse = errors.New("name in use")
+
+// ErrNotFound is returned by Find for what no sandbox is called.
+var ErrNotFound = errors.New("no such sandbox")
 
 const (
 	recordFile = "record.json"
@@ -48,6 +51,10 @@ type Record struct {
 	Created time.Time `json:"created"`
 	Owner   Process   `json:"owner"`
 	VMM     Process   `json:"vmm,omitzero"`
+	// Layers is how the layers around the VMM stand, as the kernel told it when the
+	// machine started; empty until then.
+	Layers  layer.Report `json:"layers,omitempty"`
+	Without []layer.Name `json:"without,omitempty"` // that a person chose to go without
 }
 
 // Process names a process beyond doubt.
@@ -128,6 +135,37 @@ func (e *Entry) write() error {
 		return err
 	}
 	return atomicfile.WriteFile(filepath.Join(e.store.dir, e.record.ID, recordFile), append(b, '\n'), 0o600)
+}
+
+// Dir is the record's directory, which is this user's alone and goes with the record.
+func (e *Entry) Dir() string { return filepath.Join(e.store.dir, e.record.ID) }
+
+// Dir is the directory of a record.
+func (s *Store) Dir(id string) string { return filepath.Join(s.dir, id) }
+
+// Find returns the record of a sandbox by its id, its name, or the beginning of its id
+// if no other begins so.
+func (s *Store) Find(ref string) (Record, error) {
+	records, err := s.List()
+	if err != nil {
+		return Record{}, err
+	}
+	var found []Record
+	for _, r := range records {
+		if r.ID == ref || r.Name == ref {
+			return r, nil
+		}
+		if ref != "" && strings.HasPrefix(r.ID, ref) {
+			found = append(found, r)
+		}
+	}
+	switch len(found) {
+	case 0:
+		return Record{}, fmt.Errorf("%w: %.80q", ErrNotFound, ref)
+	case 1:
+		return found[0], nil
+	}
+	return Record{}, fmt.Errorf("%d sandboxes have an id that begins with %q", len(found), ref)
 }
 
 // Release removes the record: nothing of the sandbox exists any more. The record

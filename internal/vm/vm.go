@@ -15,6 +15,9 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/ironclaw-run/ironclaw/internal/jail"
+	"github.com/ironclaw-run/ironclaw/internal/layer"
 )
 
 // Driver starts machines with one kind of VMM. Safe for concurrent use.
@@ -96,6 +99,10 @@ type Spec struct {
 	// driver would turn it off for speed. See the drivers.
 	RandomizeAddresses bool
 
+	// Jail is where the VMM runs; the machine takes it over, whether Start succeeds or
+	// not. nil means one with every layer.
+	Jail *jail.Jail
+
 	Saveable bool      // Machine.Save will be called
 	From     *Snapshot // what the machine starts from, in place of a boot; nil means a boot
 }
@@ -114,6 +121,9 @@ const (
 	MinMemory     = 64 << 20
 	DefaultMemory = 256 << 20
 	MaxMemory     = 1 << 40
+
+	// Overhead is what a VMM may use beside its machine's memory, bytes.
+	Overhead = 256 << 20
 )
 
 // Machine is a running machine. Safe for concurrent use.
@@ -150,6 +160,7 @@ type Info struct {
 	Ready   time.Duration // from there until it answered
 	Running time.Duration // from there until the guest ran
 	Cloned  bool          // from a snapshot, not booted
+	Layers  layer.Report  // how the layers around the VMM stand, as the kernel tells it
 }
 
 // ExitError says how a machine ended that nobody closed.

@@ -13,8 +13,7 @@ const (
 	fdQMP  = 3
 	fdLink = 4 // one end of the serial port's socket, or /dev/vhost-vsock
 
-	fdMemory = 5 // the machine's memory, if it is saveable or started from a snapshot
-	fdState  = 6 // its state
+	fdState = 5 // the machine's state, if it is started from a snapshot
 )
 
 // PortName is the virtio-serial port's name, by which the guest finds it.
@@ -23,20 +22,24 @@ const PortName = "ironclaw.link"
 // portID is the port's name to QEMU, which tells of nameless ones nothing.
 const portID = "link"
 
+// sandboxOptions make QEMU filter its own system calls; without the layer seccomp it
+// is told not to.
+const sandboxOptions = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
 // command is QEMU's command line. It is the same for the same Spec, but for the
 // guest's address: a snapshot depends on that.
-func (d *Driver) command(spec *vm.Spec, guestCID uint32) []string {
+func (d *Driver) command(spec *vm.Spec, p paths, guestCID uint32) []string {
 	args := []string{
 		// acpi=on: distribution kernels find virtio-mmio devices by ACPI only.
 		// pit and pic stay: without them the emulated machine does not boot.
 		"-M", "microvm,acpi=on,x-option-roms=off,rtc=on,isa-serial=on" + memoryBackend(spec),
-		"-bios", "qboot.rom",
+		"-bios", firmware,
 		"-m", strconv.FormatInt(spec.Memory>>20, 10) + "M",
 		"-smp", strconv.Itoa(spec.CPUs),
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		// Modern virtio; the default on this bus is the legacy one.
 		"-global", "virtio-mmio.force-legacy=false",
-		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+		"-sandbox", sandboxOptions,
 		// Paused until the filter has been read back.
 		"-S",
 		"-chardev", fmt.Sprintf("socket,id=qmp,fd=%d", fdQMP),
@@ -44,17 +47,18 @@ func (d *Driver) command(spec *vm.Spec, guestCID uint32) []string {
 		// The console is a pipe to us; the guest has no input there.
 		"-chardev", "stdio,id=console,signal=off",
 		"-serial", "chardev:console",
-		"-blockdev", "driver=file,node-name=root-file,read-only=on,filename=" + escape(spec.Root),
+		"-blockdev", "driver=file,node-name=root-file,read-only=on,filename=" + escape(p.root),
 		"-blockdev", "driver=raw,node-name=root,read-only=on,file=root-file",
 		"-device", "virtio-blk-device,drive=root",
-		"-object", "rng-random,id=rng,filename=/dev/urandom",
+		// From getrandom(2): there are no devices in the jail.
+		"-object", "rng-builtin,id=rng",
 		"-device", "virtio-rng-device,rng=rng",
 	}
 	if spec.Saveable || spec.From != nil {
 		args = append(args, "-global", "migration.x-events=on") // tell when the state is written or read
 	}
 	if spec.From == nil {
-		args = append(args, "-kernel", spec.Kernel, "-initrd", spec.Initrd, "-append", d.cmdline(spec))
+		args = append(args, "-kernel", p.kernel, "-initrd", p.initrd, "-append", d.cmdline(spec))
 	} else {
 		// The kernel is in the memory already.
 		args = append(args, "-incoming", "defer")
@@ -97,19 +101,20 @@ func memoryBackend(spec *vm.Spec) string {
 // memory is where the machine's memory comes from, if not from nowhere. A
 // machine to be saved writes to the file. One that was saved maps it privately:
 // what it writes is its own, and what it only reads is shared with all others.
+//
+// QEMU believes that it opens the file for writing. It gets what the jail gives it
+// (jail.Program.Opens): a saved machine's memory is open only for reading.
 func (d *Driver) memory(spec *vm.Spec) []string {
 	how := ""
 	switch {
 	case spec.Saveable:
 		how = "share=on"
-	case spec.From != nil && d.atLeast(8, 2):
-		how = "share=off,readonly=on,rom=off" // the file is not even opened for writing
 	case spec.From != nil:
 		how = "share=off"
 	default:
 		return nil
 	}
-	return []string{"-object", fmt.Sprintf("memory-backend-file,id=ram,size=%dM,mem-path=/proc/self/fd/%d,%s", spec.Memory>>20, fdMemory, how)}
+	return []string{"-object", fmt.Sprintf("memory-backend-file,id=ram,size=%dM,mem-path=%s,%s", spec.Memory>>20, insideMemory, how)}
 }
 
 // cmdline is the guest kernel's command line.

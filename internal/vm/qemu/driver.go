@@ -7,9 +7,9 @@
 // find, and nothing remains when QEMU has ended, however it ended. QEMU ends
 // with the process that started it (PR_SET_PDEATHSIG).
 //
-// The QEMU process filters its own system calls (-sandbox). Start reads back
-// from the kernel that every thread of it is filtered before the guest executes
-// its first instruction, and gives up if one is not.
+// QEMU runs in a jail (package jail) and filters its own system calls besides
+// (-sandbox). Start reads back from the kernel that every layer is on, for every thread, before
+// the guest executes its first instruction, and gives up if one is not.
 package qemu
 
 import (
@@ -118,7 +118,7 @@ func (d *Driver) SnapshotInputs(spec vm.Spec) (map[string]string, error) {
 	inputs := map[string]string{
 		"driver":  driverName,
 		"qemu":    d.version + " " + program,
-		"command": strings.Join(d.command(&spec, 0), "\n"),
+		"command": strings.Join(d.command(&spec, paths{insideRoot, insideKernel, insideInitrd}, 0), "\n"),
 	}
 	if spec.Accel == vm.KVM {
 		if inputs["host"], err = hostCPU(); err != nil {

@@ -25,10 +25,11 @@ type facts struct {
 }
 
 type factsData struct {
-	BootID   string             `json:"bootID"`
-	TSCKHz   int                `json:"tscKHz,omitempty"`
-	Versions map[string]string  `json:"versions,omitempty"` // of QEMU, by fingerprint
-	KVM      map[string]Verdict `json:"kvm,omitempty"`      // by what was booted
+	BootID   string              `json:"bootID"`
+	TSCKHz   int                 `json:"tscKHz,omitempty"`
+	Versions map[string]string   `json:"versions,omitempty"` // of QEMU, by fingerprint
+	Files    map[string][]string `json:"files,omitempty"`    // that QEMU consists of, by fingerprint
+	KVM      map[string]Verdict  `json:"kvm,omitempty"`      // by what was booted
 }
 
 // Verdict says whether KVM runs machines here.

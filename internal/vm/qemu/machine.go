@@ -7,22 +7,22 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
 	"os/exec"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
 
+	"github.com/ironclaw-run/ironclaw/internal/jail"
 	"github.com/ironclaw-run/ironclaw/internal/link"
 	"github.com/ironclaw-run/ironclaw/internal/vm"
 )
 
-// machine is one QEMU process. Its life in channels: exited when the process
-// has been reaped, done when the rest has been cleaned up too.
+// machine is one QEMU process. done is closed when it has ended and all that belonged
+// to it has been cleaned up.
 type machine struct {
 	info    vm.Info
-	process *os.Process
+	process *jail.Process
 	qmp     *qmp
 	link    link.Host
 	console *ring
@@ -31,8 +31,6 @@ type machine struct {
 
 	closeOnce sync.Once
 	closing   chan struct{} // closed by Close, before it kills
-	exited    chan struct{}
-	exitErr   error // of the process; set before exited is closed
 	done      chan struct{}
 	err       error // set before done is closed
 }
@@ -55,6 +53,7 @@ func (m *machine) Err() error {
 // finish waits for the process's end, cleans up and says why it ended.
 func (m *machine) finish() {
 	broken := m.watch()
+	_ = m.process.Close()
 	m.qmp.close()
 	m.link.Close()
 	m.closeSnapshot()
@@ -75,11 +74,11 @@ func (m *machine) finish() {
 func (m *machine) watch() (broken string) {
 	mux, ok := m.link.(*link.Mux)
 	if !ok {
-		<-m.exited
+		<-m.process.Exited()
 		return ""
 	}
 	select {
-	case <-m.exited:
+	case <-m.process.Exited():
 		return ""
 	case <-mux.Done():
 	}
@@ -88,14 +87,14 @@ func (m *machine) watch() (broken string) {
 	} else {
 		// QEMU has closed the port, most likely because it is ending.
 		select {
-		case <-m.exited:
+		case <-m.process.Exited():
 			return ""
 		case <-time.After(exitGrace):
 			broken = "QEMU closed the link"
 		}
 	}
 	m.kill()
-	<-m.exited
+	<-m.process.Exited()
 	return broken
 }
 
@@ -133,7 +132,7 @@ func (m *machine) reason() string {
 	case m.qmp.shutdownReason() != "":
 		return "QEMU stopped the guest: " + m.qmp.shutdownReason()
 	}
-	return describe(m.exitErr)
+	return describe(m.process.Err())
 }
 
 // firstLine is what can be shown of a console's line, which a guest may make as
@@ -159,7 +158,7 @@ func describe(err error) string {
 	return "QEMU exited"
 }
 
-func (m *machine) kill() { _ = m.process.Kill() } // an error says that it has ended
+func (m *machine) kill() { m.process.Kill() }
 
 // Close kills QEMU: nothing in a machine is worth a goodbye.
 func (m *machine) Close() error {
@@ -179,7 +178,7 @@ func (m *machine) Dial(ctx context.Context, port uint32) (net.Conn, error) {
 	defer close(stop)
 	go func() { // an AF_VSOCK link does not see QEMU's end by itself
 		select {
-		case <-m.exited:
+		case <-m.process.Exited():
 			cancel()
 		case <-stop:
 		}
@@ -190,7 +189,7 @@ func (m *machine) Dial(ctx context.Context, port uint32) (net.Conn, error) {
 	}
 	ended := errors.Is(err, link.ErrClosed) || errors.Is(err, link.ErrProtocol)
 	select {
-	case <-m.exited:
+	case <-m.process.Exited():
 		ended = true
 	default:
 	}

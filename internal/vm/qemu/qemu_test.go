@@ -13,7 +13,9 @@ import (
 
 	"github.com/ironclaw-run/ironclaw/internal/guestrpc"
 	"github.com/ironclaw-run/ironclaw/internal/image"
+	"github.com/ironclaw-run/ironclaw/internal/jail"
 	"github.com/ironclaw-run/ironclaw/internal/kernel"
+	"github.com/ironclaw-run/ironclaw/internal/layer"
 	"github.com/ironclaw-run/ironclaw/internal/link/vsock"
 	"github.com/ironclaw-run/ironclaw/internal/sandbox"
 	"github.com/ironclaw-run/ironclaw/internal/testenv"
@@ -145,6 +147,23 @@ func TestProveKVM(t *testing.T) {
 	}
 }
 
+// script is the Spec of a machine whose QEMU is a script: that needs a shell, signals of its own
+// to itself, and more.
+func script(t *testing.T, without ...layer.Name) vm.Spec {
+	t.Helper()
+	spec := spec(t, vm.LinkSerial, vm.TCG)
+	opts := qemu.JailOptions(&spec)
+	opts.Without = layer.Set{layer.User: true, layer.Mounts: true, layer.Landlock: true}
+	for _, n := range without {
+		opts.Without[n] = true
+	}
+	var err error
+	if spec.Jail, err = jail.Prepare(t.Context(), opts); err != nil {
+		t.Fatal(err)
+	}
+	return spec
+}
+
 // wrapper makes a program that starts the real QEMU through a script.
 func wrapper(t *testing.T, script string) string {
 	t.Helper()
@@ -170,7 +189,7 @@ while [ $# -gt 0 ]; do
 done
 exec $QEMU "${args[@]}"
 `))
-	m, err := d.Start(t.Context(), spec(t, vm.LinkSerial, vm.TCG))
+	m, err := d.Start(t.Context(), script(t))
 	if err == nil {
 		m.Close()
 		t.Fatal("a machine runs whose VMM has no filter")
@@ -189,7 +208,7 @@ func TestQEMUGivesUp(t *testing.T) {
 		"killed":    {`case "$1" in --version) exec $QEMU --version;; esac; kill -9 $$`, "signal 9"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			m, err := driver(t, wrapper(t, tt.script)).Start(t.Context(), spec(t, vm.LinkSerial, vm.TCG))
+			m, err := driver(t, wrapper(t, tt.script)).Start(t.Context(), script(t, layer.Processes, layer.Seccomp))
 			if err == nil {
 				m.Close()
 				t.Fatal("started")
@@ -207,7 +226,7 @@ func TestQEMUHangs(t *testing.T) {
 	d := driver(t, wrapper(t, `case "$1" in --version) exec $QEMU --version;; esac; exec sleep 1000`))
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
-	if m, err := d.Start(ctx, spec(t, vm.LinkSerial, vm.TCG)); err == nil {
+	if m, err := d.Start(ctx, script(t)); err == nil {
 		m.Close()
 		t.Fatal("started")
 	} else if !errors.Is(err, context.DeadlineExceeded) {

@@ -63,7 +63,7 @@ func (m *machine) Save(ctx context.Context, s vm.Snapshot) error {
 	defer m.Close()
 	if err := m.save(ctx, s); err != nil {
 		select {
-		case <-m.exited: // which explains it
+		case <-m.process.Exited(): // which explains it
 			<-m.done
 			if m.err != nil {
 				err = m.err
@@ -124,7 +124,7 @@ func (m *machine) agentWaits(ctx context.Context) error {
 		select {
 		case <-v.Called():
 			return nil
-		case <-m.exited:
+		case <-m.process.Exited():
 			return errQMPClosed
 		case <-ctx.Done():
 			return context.Cause(ctx)
@@ -150,7 +150,7 @@ func (m *machine) settle(ctx context.Context) error {
 	for err == nil && time.Now().Before(deadline) {
 		select {
 		case <-time.After(settleTime):
-		case <-m.exited:
+		case <-m.process.Exited():
 			return errQMPClosed
 		case <-ctx.Done():
 			return context.Cause(ctx)

@@ -6,34 +6,43 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"os/exec"
-	"runtime"
+	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ironclaw-run/ironclaw/internal/jail"
+	"github.com/ironclaw-run/ironclaw/internal/layer"
 	"github.com/ironclaw-run/ironclaw/internal/link"
 	"github.com/ironclaw-run/ironclaw/internal/link/vsock"
 	"github.com/ironclaw-run/ironclaw/internal/undo"
 	"github.com/ironclaw-run/ironclaw/internal/vm"
 )
 
-// Start starts a machine: link, process, handshake, proof of the filter, go.
+// Start starts a machine: link, jail, process, handshake, proof of the layers, go.
 func (d *Driver) Start(ctx context.Context, spec vm.Spec) (vm.Machine, error) {
+	var borrowed, stack undo.Stack // borrowed is what QEMU keeps and we do not
+	defer borrowed.Run()
+	defer stack.Run() // first
+	if spec.Jail != nil {
+		stack.Add(func() { _ = spec.Jail.Close() })
+	}
 	if err := d.check(&spec); err != nil {
 		return nil, err
 	}
-	var stack undo.Stack
-	defer stack.Run()
-
+	if spec.Jail == nil {
+		var err error
+		if spec.Jail, err = jail.Prepare(ctx, JailOptions(&spec)); err != nil {
+			return nil, err
+		}
+		stack.Add(func() { _ = spec.Jail.Close() })
+	}
 	m := &machine{
 		console: newRing(64 << 10),
 		stderr:  newRing(16 << 10),
 		closing: make(chan struct{}),
-		exited:  make(chan struct{}),
 		done:    make(chan struct{}),
 		info:    vm.Info{Driver: driverName, Accel: spec.Accel, Link: spec.Link, Cloned: spec.From != nil},
 	}
@@ -57,31 +66,24 @@ func (d *Driver) Start(ctx context.Context, spec vm.Spec) (vm.Machine, error) {
 	})
 	defer closeLinkFile()
 
-	files := []*os.File{qmpFile, linkFile}
 	if spec.Saveable {
 		if err := m.openSnapshot(); err != nil {
 			return nil, err
 		}
 		stack.Add(m.closeSnapshot)
-		files = append(files, m.saved.Memory)
-	} else if spec.From != nil {
-		// From its beginning: a descriptor's offset is shared by all who have it.
-		state, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", spec.From.State.Fd()))
-		if err != nil {
-			return nil, fmt.Errorf("open the snapshot's state: %w", err)
-		}
-		defer state.Close()
-		files = append(files, spec.From.Memory, state)
 	}
-
-	args := d.command(&spec, cid)
-	m.info.Command = append([]string{d.program}, args...)
-	if err := m.startProcess(d.program, args, files...); err != nil {
+	program, err := d.confined(ctx, m, &spec, cid, &borrowed)
+	if err != nil {
+		return nil, err
+	}
+	program.Descriptors = append([]*os.File{qmpFile, linkFile}, program.Descriptors...)
+	if m.process, err = spec.Jail.Start(ctx, program); err != nil {
 		return nil, fmt.Errorf("start %s: %w", d.program, err)
 	}
+	m.info.PID, m.info.Started = m.process.PID(), m.process.Begun()
 	closeLinkFile()
 	qmpFile.Close()
-	stack.Add(func() { m.kill(); <-m.exited })
+	stack.Add(func() { _ = m.process.Close() })
 
 	if err := m.handshake(ctx, spec.From != nil); err != nil {
 		return nil, err
@@ -89,6 +91,11 @@ func (d *Driver) Start(ctx context.Context, spec vm.Spec) (vm.Machine, error) {
 	stack.Release()
 	go m.finish()
 	return m, nil
+}
+
+// JailOptions are those of a jail for the machine, with every layer.
+func JailOptions(spec *vm.Spec) jail.Options {
+	return jail.Options{ID: spec.ID, CPUs: spec.CPUs, Memory: spec.Memory + vm.Overhead, Disk: spec.Root}
 }
 
 // check turns QEMU's less clear complaints into ours.
@@ -127,39 +134,55 @@ func (m *machine) openLink(spec *vm.Spec) (*os.File, uint32, error) {
 	return file, 0, nil
 }
 
-// startProcess starts QEMU so that it ends with this process.
-func (m *machine) startProcess(program string, args []string, inherit ...*os.File) error {
-	cmd := exec.Command(program, args...) //nolint:noctx // its life is the machine's, not the call's
-	cmd.Env = []string{}
-	cmd.Dir = "/"
-	cmd.Stdout = m.console
-	cmd.Stderr = m.stderr
-	cmd.WaitDelay = exitGrace // for the pipes, should somebody else hold them too
-	cmd.ExtraFiles = inherit  // QMP, link: descriptors 3 and 4
-	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Setpgid:   true, // the terminal's Ctrl-C is for us, not for QEMU
-		Pdeathsig: syscall.SIGKILL,
+// confined is QEMU with all that it gets, but for the descriptors of QMP and link.
+func (d *Driver) confined(ctx context.Context, m *machine, spec *vm.Spec, cid uint32, borrowed *undo.Stack) (jail.Program, error) {
+	p := jail.Program{Path: d.program, Stdout: m.console, Stderr: m.stderr, Opens: map[string]*os.File{}}
+	var err error
+	if p.Files, err = d.files(ctx, spec.Jail, spec); err != nil {
+		return p, err
 	}
-	started := make(chan error)
-	go func() {
-		// The kernel sends Pdeathsig when the thread that forked ends, so that
-		// thread is kept until QEMU has ended.
-		runtime.LockOSThread()
-		m.info.Started = time.Now()
-		err := cmd.Start()
-		if err == nil {
-			m.process = cmd.Process
-			m.info.PID = cmd.Process.Pid
-		}
-		started <- err
+	p.Args = d.command(spec, pathsIn(spec.Jail, spec), cid)
+	if !spec.Jail.Has(layer.Seccomp) {
+		p.Args[slices.Index(p.Args, sandboxOptions)] = "off"
+	}
+	m.info.Command = append([]string{d.program}, p.Args...)
+	switch {
+	case spec.Saveable:
+		p.Opens[insideMemory] = m.saved.Memory
+		p.FileSize = spec.Memory + maxState
+	case spec.From != nil:
+		memory, err := reopen(spec.From.Memory)
 		if err != nil {
-			return
+			return p, fmt.Errorf("open the snapshot's memory: %w", err)
 		}
-		m.exitErr = cmd.Wait()
-		close(m.exited)
-	}()
-	return <-started
+		borrowed.Add(func() { memory.Close() })
+		state, err := reopen(spec.From.State)
+		if err != nil {
+			return p, fmt.Errorf("open the snapshot's state: %w", err)
+		}
+		borrowed.Add(func() { state.Close() })
+		p.Opens[insideMemory] = memory
+		p.Descriptors = []*os.File{state}
+	}
+	if spec.Accel == vm.KVM {
+		kvm, err := os.OpenFile(kvmDevice, os.O_RDWR, 0)
+		if err != nil {
+			return p, err
+		}
+		borrowed.Add(func() { kvm.Close() })
+		p.Opens[kvmDevice] = kvm
+	}
+	return p, nil
 }
+
+// reopen opens a file once more, for reading only and from its beginning: a descriptor's
+// offset is shared by all who have it.
+func reopen(f *os.File) (*os.File, error) {
+	return os.Open(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
+}
+
+// filters are those that each thread has at least: the jail's and QEMU's own.
+const filters = 2
 
 // handshake waits for QEMU's greeting, proves its filter and lets the guest run.
 //
@@ -184,7 +207,7 @@ func (m *machine) handshake(ctx context.Context, clone bool) error {
 	case <-m.qmp.ready:
 	case <-m.qmp.done:
 		return m.snapshotError(ctx, clone, errQMPClosed)
-	case <-m.exited:
+	case <-m.process.Exited():
 		return m.snapshotError(ctx, clone, errQMPClosed)
 	case <-ctx.Done():
 		return fmt.Errorf("start QEMU: %w", context.Cause(ctx))
@@ -195,14 +218,16 @@ func (m *machine) handshake(ctx context.Context, clone bool) error {
 			return m.snapshotError(ctx, clone, err)
 		}
 	}
-	if err := verifySeccomp(m.info.PID); err != nil {
-		return err
-	}
 	if clone { // before that, "cont" has no effect
 		if err := m.qmp.wait(ctx, &m.qmp.migrated); err != nil {
 			return m.snapshotError(ctx, clone, err)
 		}
 	}
+	var err error
+	if m.info.Layers, err = m.process.Verify(filters); err != nil {
+		return err
+	}
+	m.process.Seal()
 	if _, err := m.qmp.do(ctx.Done(), "cont", nil); err != nil {
 		return m.startError(ctx, err)
 	}
@@ -233,13 +258,13 @@ func (m *machine) startError(ctx context.Context, err error) error {
 // diedAtStart tells what QEMU said when it gave up.
 func (m *machine) diedAtStart(ctx context.Context) error {
 	select {
-	case <-m.exited:
+	case <-m.process.Exited():
 	case <-ctx.Done():
 		return fmt.Errorf("start QEMU: %w", context.Cause(ctx))
 	}
 	said := strings.TrimSpace(vm.Printable(m.stderr.tail(2048)))
 	if said == "" {
-		said = describe(m.exitErr)
+		said = describe(m.process.Err())
 	}
 	return fmt.Errorf("start QEMU: %s", said)
 }

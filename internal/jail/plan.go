@@ -1,0 +1,96 @@
+package jail
+
+import (
+	"fmt"
+	"math/rand/v2"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ironclaw-run/ironclaw/internal/layer"
+)
+
+// plan is what the stage is told to become.
+func (j *Jail) plan(p *Program) plan {
+	plan := plan{
+		Path: p.Path, Args: p.Args, Files: p.Files,
+		Mounts:   j.on(layer.Mounts),
+		CgroupNS: j.on(layer.Namespaces),
+		UTS:      j.on(layer.Namespaces),
+		NoNew:    j.on(layer.NoNewPrivs),
+		Landlock: j.on(layer.Landlock),
+		Require:  j.opts.Require.Has(layer.Landlock),
+		DropCaps: j.on(layer.Capabilities),
+		Seccomp:  j.on(layer.Seccomp),
+	}
+	if j.uid != nil {
+		plan.UID = j.uid.number
+	}
+	if j.on(layer.Rlimits) {
+		plan.Limits = j.limits(p)
+	}
+	if j.on(layer.Cgroup) && j.cgroup == nil {
+		plan.Limits = append(plan.Limits, j.memoryLimit())
+		plan.Affinity = j.affinity()
+	}
+	return plan
+}
+
+const maxDescriptors = 256 // open at once; QEMU has some 30
+
+// limits are the resource limits. In a user namespace threads are counted there only
+// (Linux 5.14), and as a user of its own the program is the only one to count.
+func (j *Jail) limits(p *Program) []limit {
+	return []limit{
+		{unix.RLIMIT_CORE, 0},
+		{unix.RLIMIT_NOFILE, maxDescriptors},
+		{unix.RLIMIT_FSIZE, uint64(p.FileSize)},
+		{unix.RLIMIT_NPROC, uint64(j.threads())},
+		{unix.RLIMIT_MEMLOCK, 0},
+		{unix.RLIMIT_MSGQUEUE, 0},
+	}
+}
+
+// addressSlack is the address space that is reserved and not used: of threads' stacks
+// and allocators, and of the program's libraries.
+const addressSlack = 2 << 30
+
+// addressSpace is the bound on memory where there is no cgroup.
+func (j *Jail) addressSpace() int64 { return j.opts.Memory + addressSlack }
+
+func (j *Jail) memoryLimit() limit { return limit{unix.RLIMIT_AS, uint64(j.addressSpace())} }
+
+// affinity is the number of processors to which the program is bound where there is no
+// cgroup.
+func (j *Jail) affinity() int { return j.opts.CPUs }
+
+// limit sets the resource limits and the processors that may be used.
+func (s *stage) limit() error {
+	for _, l := range s.p.Limits {
+		value := unix.Rlimit{Cur: l.Value, Max: l.Value}
+		if err := unix.Prlimit(0, l.Resource, &value, nil); err != nil {
+			return fmt.Errorf("limit %s: %w", limitNames[l.Resource], err)
+		}
+	}
+	if s.p.Affinity == 0 {
+		return nil
+	}
+	return useProcessors(s.p.Affinity)
+}
+
+// useProcessors binds this thread to n of the processors that it may use, any of them. The
+// filter of system calls keeps the program from undoing that.
+func useProcessors(n int) error {
+	var may, chosen unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &may); err != nil {
+		return fmt.Errorf("read which processors may be used: %w", err)
+	}
+	for _, cpu := range rand.Perm(len(may) * 64) {
+		if may.IsSet(cpu) && chosen.Count() < n {
+			chosen.Set(cpu)
+		}
+	}
+	if err := unix.SchedSetaffinity(0, &chosen); err != nil {
+		return fmt.Errorf("bind to %d processors: %w", n, err)
+	}
+	return nil
+}

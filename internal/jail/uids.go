@@ -1,0 +1,106 @@
+package jail
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ironclaw-run/ironclaw/internal/filelock"
+)
+
+// The users that root runs VMMs as, one each. The range is in what systemd leaves
+// to nobody (systemd's UIDS-GIDS.md: 1879048192 to 2147352575 are unused), above
+// all that adduser, subuid and systemd's own services give out.
+const (
+	firstUID = 0x70000000 // 1879048192
+	lastUID  = firstUID + 1<<16 - 1
+)
+
+// uidDir has a file for each user in use, locked by whoever uses it. It lives no
+// longer than the processes do.
+const uidDir = "/run/ironclaw/uids"
+
+// uid is a user that no other process runs as.
+type uid struct {
+	number int
+	lock   *os.File
+}
+
+// ownsUIDs reports whether this process can become the users of the range: it is
+// root, and not in a user namespace that lacks them.
+func ownsUIDs() bool {
+	if os.Geteuid() != 0 {
+		return false
+	}
+	f, err := os.Open("/proc/self/uid_map")
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		var inside, outside, size uint64
+		if _, err := fmt.Sscan(lines.Text(), &inside, &outside, &size); err == nil &&
+			inside <= firstUID && inside+size > lastUID {
+			return true
+		}
+	}
+	return false
+}
+
+// takeUID reserves a user. The search begins anywhere, so that one that has just been
+// given back is not soon used again.
+func takeUID() (*uid, error) {
+	if err := os.MkdirAll(uidDir, 0o700); err != nil {
+		return nil, fmt.Errorf("reserve a user for the VMM: %w", err)
+	}
+	const n = lastUID - firstUID + 1
+	begin := rand.IntN(n)
+	for i := range n {
+		number := firstUID + (begin+i)%n
+		path := filepath.Join(uidDir, strconv.Itoa(number))
+		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+		if err != nil {
+			return nil, fmt.Errorf("reserve a user for the VMM: %w", err)
+		}
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil && filelock.Holds(f, path) {
+			return &uid{number, f}, nil
+		}
+		f.Close()
+		if err != nil && !errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("reserve a user for the VMM: %w", err)
+		}
+	}
+	return nil, errors.New("reserve a user for the VMM: all are in use")
+}
+
+// release gives the user back. The file goes first, while it is locked.
+func (u *uid) release() {
+	_ = os.Remove(u.lock.Name())
+	u.lock.Close()
+}
+
+// sweepUIDs removes the files of users that nobody uses.
+func sweepUIDs() {
+	entries, err := os.ReadDir(uidDir)
+	if err != nil {
+		return
+	}
+	for _, e := range entries {
+		path := filepath.Join(uidDir, e.Name())
+		f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW, 0)
+		if err != nil {
+			continue
+		}
+		if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
+			_ = os.Remove(path)
+		}
+		f.Close()
+	}
+}
