@@ -18,6 +18,10 @@ func main() {
 		err := guest.RunAgent(os.Args[2:])
 		fmt.Fprintf(os.Stderr, "ironclaw-init: agent: %v\n", err)
 		os.Exit(1)
+	case len(os.Args) > 1 && os.Args[1] == guest.ViewArg: // PID 1 too, of its own namespace
+		err := guest.RunView(os.Args[2:])
+		fmt.Fprintf(os.Stderr, "ironclaw-init: view: %v\n", err)
+		os.Exit(1)
 	case os.Getpid() == 1:
 		guest.Boot()
 	default:

@@ -30,20 +30,28 @@ type Agent struct {
 	setUp setUpFunc
 	// jobs confines commands. Only tests, which run on a host they must not
 	// change, leave it nil.
-	jobs  *jobs
-	users userFiles
-	times guestrpc.Timings
+	jobs *jobs
+	// confiner confines them further; nil as jobs is.
+	confiner *confiner
+	users    userFiles
+	times    guestrpc.Timings
 
 	secret []byte // set by hello, before the port of the agent opens
 	execs  chan struct{}
 	wg     sync.WaitGroup // streams
+
+	mu      sync.Mutex // guards running
+	running map[*process]bool
 }
 
 // setUpFunc is told what hello asks for, and how to ask for the time.
 type setUpFunc func(h *guestrpc.Hello, askTime func() (time.Time, error)) error
 
 func newAgent(setUp setUpFunc, j *jobs) *Agent {
-	return &Agent{setUp: setUp, jobs: j, users: systemUsers, execs: make(chan struct{}, maxExecs)}
+	return &Agent{
+		setUp: setUp, jobs: j, users: systemUsers,
+		execs: make(chan struct{}, maxExecs), running: make(map[*process]bool),
+	}
 }
 
 // RunAgent is the agent's process. argv is what that PID 1 gives it. It
@@ -55,6 +63,10 @@ func RunAgent(argv []string) error {
 	}
 	unix.CloseOnExec(overlayFD)
 	unix.Umask(0o022)
+	// Nobody is to read our memory: it holds the secret.
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("set not dumpable: %w", err)
+	}
 	if err := writeControl("/proc/self/comm", "ironclaw-agent"); err != nil { // it would be "exe"
 		return err
 	}
@@ -75,12 +87,18 @@ func RunAgent(argv []string) error {
 		return fmt.Errorf("open /dev/urandom: %w", err)
 	}
 	// Processes are waited for; the runtime's handler of the signal is only work.
-	if err := defaultSignal(unix.SIGCHLD); err != nil {
+	if err := setSignal(unix.SIGCHLD, false); err != nil {
 		return fmt.Errorf("reset SIGCHLD: %w", err)
 	}
 	m := &machine{overlay: overlayFD, random: random, jobs: j, names: names}
 	a := newAgent(m.setUp, j)
 	a.times = args.Times
+	a.confiner = newConfiner()
+	// Every command's, if it asks for nothing else: of a machine that is saved, it is
+	// in what is saved.
+	if _, err := a.confiner.spawner(confinementOf(&guestrpc.Exec{})); err != nil {
+		return err
+	}
 	if args.Warm {
 		if err := a.warm(); err != nil {
 			return fmt.Errorf("prepare to be saved: %w", err)
@@ -90,7 +108,14 @@ func RunAgent(argv []string) error {
 	if err != nil {
 		return fmt.Errorf("open the link: %w", err)
 	}
-	return a.Serve(l)
+	served := make(chan error, 1)
+	go func() { served <- a.Serve(l) }() // ends with the process at the latest
+	select {
+	case err := <-served:
+		return err
+	case err := <-a.confiner.fatal:
+		return err
+	}
 }
 
 // agentArgs is what PID 1 tells the agent, as one JSON argument.
@@ -178,6 +203,8 @@ func (a *Agent) serve(conn net.Conn, st *guestrpc.Stream) error {
 		return ping(st)
 	case h.Op == guestrpc.OpExec && h.Exec != nil:
 		return a.exec(conn, st, h.Exec)
+	case h.Op == guestrpc.OpInspect:
+		return a.inspect(conn, st)
 	}
 	return guestrpc.Errorf(guestrpc.CodeBadRequest, "no operation %q here", h.Op)
 }

@@ -50,6 +50,7 @@ func (a *Agent) exec(conn net.Conn, st *guestrpc.Stream, req *guestrpc.Exec) err
 	}
 	defer s.Close()
 	defer p.release()
+	defer a.runs(p)()
 	return newExecution(conn, st, req, p, s).run()
 }
 

@@ -17,45 +17,63 @@ const emptyTimeout = 5 * time.Second
 
 // process is one command, from its start to the end of its cgroup.
 type process struct {
-	pid   int
-	group *group // nil in tests only
+	pid         int
+	group       *group // nil in tests only
+	confinement confinement
 
 	mu     sync.Mutex // guards reaped
 	reaped bool       // the pid may be somebody else's by now
 }
 
 // spawn starts what req asks for, with the command's ends of s.
-func (a *Agent) spawn(req *guestrpc.Exec, id *identity, s *stdio) (_ *process, err error) {
+func (a *Agent) spawn(req *guestrpc.Exec, id *identity, s *stdio) (*process, error) {
 	env := environment(id, req)
 	dir, path, err := locate(id, req, env)
 	if err != nil {
 		return nil, err
 	}
-	p := new(process)
-	sys := &syscall.SysProcAttr{Setsid: true, Setctty: req.TTY != nil} // Ctty 0: the command's stdin
-	if os.Geteuid() == 0 {                                             // tests may run as anybody
-		sys.Credential = &syscall.Credential{Uid: id.uid, Gid: id.gid, Groups: id.groups}
+	if a.confiner == nil {
+		return spawnUnconfined(req, id, dir, path, env, s)
 	}
-	start := func() (err error) {
-		p.pid, _, err = syscall.StartProcess(path, req.Args, &syscall.ProcAttr{
-			Dir: dir, Env: env, Files: s.childFDs(), Sys: sys,
-		})
+	p := &process{confinement: confinementOf(req)}
+	from, err := a.confiner.spawner(p.confinement)
+	if err != nil {
+		return nil, guestrpc.Errorf(guestrpc.CodeInternal, "%v", err)
+	}
+	c, err := newChild(id, dir, path, req.Args, env, s.theirs, req.TTY != nil, from.filter)
+	if err != nil {
+		return nil, startError(req.Args[0], err)
+	}
+	if p.group, err = a.jobs.add(); err != nil {
+		return nil, guestrpc.Errorf(guestrpc.CodeInternal, "make a cgroup: %v", err)
+	}
+	c.cgroup = p.group.fd
+	err = a.jobs.unguarded(func() (err error) {
+		p.pid, err = from.start(c)
 		return err
-	}
-	if a.jobs != nil {
-		if p.group, err = a.jobs.add(); err != nil {
-			return nil, guestrpc.Errorf(guestrpc.CodeInternal, "make a cgroup: %v", err)
-		}
-		sys.UseCgroupFD, sys.CgroupFD = true, p.group.fd
-		err = a.jobs.unguarded(start)
-	} else {
-		err = start()
-	}
+	})
 	if err != nil {
 		p.release()
 		return nil, startError(req.Args[0], err)
 	}
 	return p, nil
+}
+
+// spawnUnconfined is for tests, which run on a host that they must not change.
+func spawnUnconfined(req *guestrpc.Exec, id *identity, dir, path string, env []string, s *stdio) (*process, error) {
+	fds := make([]uintptr, len(s.theirs))
+	for i, fd := range s.theirs {
+		fds[i] = uintptr(fd)
+	}
+	sys := &syscall.SysProcAttr{Setsid: true, Setctty: req.TTY != nil} // Ctty 0: the command's stdin
+	if os.Geteuid() == 0 {
+		sys.Credential = &syscall.Credential{Uid: id.uid, Gid: id.gid, Groups: id.groups}
+	}
+	pid, _, err := syscall.StartProcess(path, req.Args, &syscall.ProcAttr{Dir: dir, Env: env, Files: fds, Sys: sys})
+	if err != nil {
+		return nil, startError(req.Args[0], err)
+	}
+	return &process{pid: pid}, nil
 }
 
 // startError classifies what fork or execve said. That the program and the

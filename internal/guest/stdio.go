@@ -90,15 +90,6 @@ func pipe() (r, w int, err error) {
 	return fds[0], fds[1], nil
 }
 
-// childFDs are the descriptors that become 0, 1 and 2.
-func (s *stdio) childFDs() []uintptr {
-	fds := make([]uintptr, len(s.theirs))
-	for i, fd := range s.theirs {
-		fds[i] = uintptr(fd)
-	}
-	return fds
-}
-
 func (s *stdio) closeTheirs() {
 	for i, fd := range s.theirs {
 		if i == 0 || fd != s.theirs[i-1] { // a terminal is there three times

@@ -61,11 +61,14 @@ func openPeer(master int) (int, error) {
 	return int(fd), nil
 }
 
-// defaultSignal gives a signal back its default action, past the runtime, which
-// takes all of them for its own. Package signal would ignore SIGCHLD instead, and
-// the kernel would then reap for us.
-func defaultSignal(s unix.Signal) error {
+// setSignal gives a signal its default action, or has it ignored, past the runtime,
+// which takes all of them for its own. Of an ignored SIGCHLD the kernel reaps the
+// children itself.
+func setSignal(s unix.Signal, ignore bool) error {
 	var action [4]uintptr // struct kernel_sigaction: SIG_DFL, no flags, no restorer, no mask
+	if ignore {
+		action[0] = 1 // SIG_IGN
+	}
 	_, _, e := unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(s), uintptr(unsafe.Pointer(&action)), 0, 8, 0, 0)
 	if e != 0 {
 		return e

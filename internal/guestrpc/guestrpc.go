@@ -29,6 +29,10 @@
 // one [FrameExit]. The host sends [FrameStdin] (empty: end of input),
 // [FrameResize] and [FrameSignal] at any time after the header.
 //
+// inspect: the guest sends a [FrameDenial] for each call that it keeps as refused,
+// the oldest first and at most [MaxDenials], a [FrameConfined] for each command that
+// runs, at most [MaxConfined], and at last one [FrameInspected].
+//
 // # Flow control
 //
 // The transport's, with one exception: input for a process that does not read
@@ -40,7 +44,7 @@
 //
 // There is no half-close on every transport, and closing may discard what the
 // peer has not read. So the end is said in-band: the guest's last frame is
-// FrameExit, FrameError or FrameHello, the host answers with [FrameAck], and
+// FrameExit, FrameError, FrameHello or FrameInspected, the host answers with [FrameAck], and
 // only then does either side close.
 package guestrpc
 
@@ -51,7 +55,7 @@ import (
 
 // Version is the protocol's version. The agent travels with the host program,
 // so the two are always equal; a mismatch means a wrong initramfs.
-const Version = 2
+const Version = 3
 
 // Ports of the guest agent.
 const (
@@ -72,6 +76,10 @@ const (
 	MaxClock = 8
 	// StdinWindow is how much input may be under way for one process, in bytes.
 	StdinWindow = 1 << 20
+	// MaxDenials is how many denials a guest keeps and may send.
+	MaxDenials = 1024
+	// MaxConfined is how many commands a guest may tell of.
+	MaxConfined = 256
 )
 
 // Type is the type of a frame.
@@ -92,6 +100,10 @@ const (
 	FrameWindow  Type = 20 // guest: [Window]
 	FrameExit    Type = 21 // guest: [Exit]; last frame
 	FrameError   Type = 22 // guest: [Error]; last frame
+
+	FrameDenial    Type = 23 // guest: [Denial]
+	FrameConfined  Type = 24 // guest: [Confined]
+	FrameInspected Type = 25 // guest: [Inspected]; last frame
 )
 
 // Op names an operation.
@@ -102,6 +114,8 @@ const (
 	OpHello Op = "hello"
 	OpPing  Op = "ping"
 	OpExec  Op = "exec"
+
+	OpInspect Op = "inspect" // it has no fields
 )
 
 // Header opens a stream. Exactly the field that Op names is set.
@@ -156,6 +170,31 @@ type Exec struct {
 	Stdin   bool     // input will come; otherwise the process reads /dev/null
 	TTY     *Resize  // a terminal of this size instead of pipes
 	KillAll bool     // when the process ends, end its descendants too
+	Profile string   // of system calls; "" means ProfileDefault
+	Without []string // layers of isolation to go without, of those the guest has
+}
+
+// Profiles of system calls.
+const (
+	ProfileDefault    = "default"    // what ordinary programs need
+	ProfileStrict     = "strict"     // what programs need that only compute
+	ProfilePermissive = "permissive" // nothing is refused; what default would refuse is noted
+)
+
+// Layers of isolation that a command can go without.
+const (
+	LayerSeccomp      = "guest-seccomp"      // no profile at all
+	LayerCapabilities = "guest-capabilities" // root keeps them all
+	LayerProcesses    = "guest-processes"    // the machine's own /proc and /sys, agent included
+	LayerDevices      = "guest-devices"      // the machine's own /dev
+)
+
+// Profiles lists the profiles.
+func Profiles() []string { return []string{ProfileDefault, ProfileStrict, ProfilePermissive} }
+
+// Layers lists the layers that [Exec.Without] may name.
+func Layers() []string {
+	return []string{LayerSeccomp, LayerCapabilities, LayerProcesses, LayerDevices}
 }
 
 // DefaultUser is who a command runs as when nobody is named.
@@ -175,7 +214,7 @@ type Signal struct {
 
 // Started is sent when the process runs.
 type Started struct {
-	PID int
+	PID int // as the agent knows it; the command has another one in its own pid namespace
 }
 
 // Window returns credit for input.
@@ -190,6 +229,40 @@ type Exit struct {
 	OOM    bool          // the guest's memory ran out and the kernel killed for it
 	User   time.Duration // CPU time
 	System time.Duration
+}
+
+// Denial is a system call that was refused, or noted by [ProfilePermissive]. All of
+// it is the guest's word, and Comm is what a hostile process calls itself.
+type Denial struct {
+	First   time.Time
+	Last    time.Time // equal to First unless it was repeated
+	Count   int       // how often the same thread did the same, 1 at least
+	PID     int       // as the sandbox's processes know it; 0 if it could not be found out
+	UID     int       // -1 if it could not be found out
+	Comm    string    // the process's name; "" if it could not be found out
+	Profile string
+	Arch    int // AUDIT_ARCH_*
+	Number  int // of the call
+	Args    []uint64
+	Allowed bool // it was only noted
+}
+
+// Confined is what the guest's kernel says of a command that runs: the lines of its
+// /proc/PID/status.
+type Confined struct {
+	PID        int // as in [Started]
+	Profile    string
+	Without    []string
+	Seccomp    int // 0 none, 2 filters
+	Filters    int
+	NoNewPrivs bool
+	CapEff     uint64 // capabilities in effect, bit by bit
+	CapBnd     uint64 // capabilities that it could ever have
+}
+
+// Inspected ends an inspect.
+type Inspected struct {
+	Dropped int // denials that were not kept
 }
 
 // Code classifies an [Error].
@@ -260,7 +333,24 @@ func (e *Exec) Validate() error {
 	if hasNUL(e.User) {
 		return Errorf(CodeBadRequest, "bad user %q", e.User)
 	}
+	if e.Profile != "" && !oneOf(e.Profile, Profiles()) {
+		return Errorf(CodeBadRequest, "no seccomp profile %.40q", e.Profile)
+	}
+	for _, l := range e.Without {
+		if !oneOf(l, Layers()) {
+			return Errorf(CodeBadRequest, "no command can go without the layer %.40q", l)
+		}
+	}
 	return nil
+}
+
+func oneOf(s string, list []string) bool {
+	for _, l := range list {
+		if s == l {
+			return true
+		}
+	}
+	return false
 }
 
 // ValidateEnv checks one environment entry, KEY=VALUE.

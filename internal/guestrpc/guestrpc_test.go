@@ -101,12 +101,12 @@ func TestTruncated(t *testing.T) {
 func TestWrongVersion(t *testing.T) {
 	var buf bytes.Buffer
 	NewStream(&buf).WriteHeader(&Header{Version: Version + 1, Op: OpPing})
-	if _, err := NewStream(&buf).ReadHeader(); !errors.Is(err, ErrBadRequest) || !strings.Contains(err.Error(), "protocol version 3;") {
+	if _, err := NewStream(&buf).ReadHeader(); !errors.Is(err, ErrBadRequest) || !strings.Contains(err.Error(), "protocol version 4;") {
 		t.Error(err)
 	}
 	// What follows a version that is not ours is nobody's business.
 	buf.Write([]byte{0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, Version + 1, 'x'})
-	if _, err := NewStream(&buf).ReadHeader(); !errors.Is(err, ErrBadRequest) || !strings.Contains(err.Error(), "protocol version 3;") {
+	if _, err := NewStream(&buf).ReadHeader(); !errors.Is(err, ErrBadRequest) || !strings.Contains(err.Error(), "protocol version 4;") {
 		t.Error(err)
 	}
 }
@@ -162,12 +162,14 @@ func TestValidate(t *testing.T) {
 		"relative dir":  {Args: []string{"a"}, Dir: "tmp"},
 		"nul in dir":    {Args: []string{"a"}, Dir: "/\x00"},
 		"nul in user":   {Args: []string{"a"}, User: "\x00"},
+		"bad profile":   {Args: []string{"a"}, Profile: "unconfined"},
+		"bad layer":     {Args: []string{"a"}, Without: []string{LayerSeccomp, "seccomp"}},
 	} {
 		if err := e.Validate(); !errors.Is(err, ErrBadRequest) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	ok := Exec{Args: []string{"a", ""}, Env: []string{"A=", "B==x"}, Dir: "/tmp"}
+	ok := Exec{Args: []string{"a", ""}, Env: []string{"A=", "B==x"}, Dir: "/tmp", Profile: ProfileStrict, Without: Layers()}
 	if err := ok.Validate(); err != nil {
 		t.Error(err)
 	}

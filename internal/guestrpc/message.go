@@ -13,10 +13,12 @@ import (
 //
 //	int, int64, Duration, Time   8 bytes, big endian, two's complement; times in
 //	                             nanoseconds, counted from 1970 if it is a Time
+//	uint64                       8 bytes, big endian
 //	uint16                       2 bytes, big endian
 //	bool                         1 byte, 0 or 1
 //	string, []byte               4 bytes of length, then the bytes
 //	[]string                     4 bytes of number, then the strings
+//	[]uint64                     4 bytes of number, then the numbers
 //	pointer                      a bool, then what it points to unless it is nil
 //
 // So a message has one encoding, and what is longer, shorter or otherwise is
@@ -128,7 +130,9 @@ func (e *Exec) append(b []byte) []byte {
 	if e.TTY != nil {
 		b = e.TTY.append(b)
 	}
-	return appendBool(b, e.KillAll)
+	b = appendBool(b, e.KillAll)
+	b = appendString(b, e.Profile)
+	return appendList(b, e.Without)
 }
 
 func (e *Exec) parse(r *reader) {
@@ -143,6 +147,8 @@ func (e *Exec) parse(r *reader) {
 		e.TTY.parse(r)
 	}
 	e.KillAll = r.bool()
+	e.Profile = string(r.bytes())
+	e.Without = r.list()
 }
 
 func (m *Resize) append(b []byte) []byte {
@@ -198,3 +204,60 @@ func (e *Error) parse(r *reader) {
 	e.Code = Code(r.bytes())
 	e.Message = string(r.bytes())
 }
+
+func (m *Denial) append(b []byte) []byte {
+	b = appendInt(b, m.First.UnixNano())
+	b = appendInt(b, m.Last.UnixNano())
+	b = appendInt(b, int64(m.Count))
+	b = appendInt(b, int64(m.PID))
+	b = appendInt(b, int64(m.UID))
+	b = appendString(b, m.Comm)
+	b = appendString(b, m.Profile)
+	b = appendInt(b, int64(m.Arch))
+	b = appendInt(b, int64(m.Number))
+	b = binary.BigEndian.AppendUint32(b, uint32(len(m.Args)))
+	for _, a := range m.Args {
+		b = binary.BigEndian.AppendUint64(b, a)
+	}
+	return appendBool(b, m.Allowed)
+}
+
+func (m *Denial) parse(r *reader) {
+	m.First = time.Unix(0, r.int())
+	m.Last = time.Unix(0, r.int())
+	m.Count = int(r.int())
+	m.PID = int(r.int())
+	m.UID = int(r.int())
+	m.Comm = string(r.bytes())
+	m.Profile = string(r.bytes())
+	m.Arch = int(r.int())
+	m.Number = int(r.int())
+	m.Args = r.numbers()
+	m.Allowed = r.bool()
+}
+
+func (m *Confined) append(b []byte) []byte {
+	b = appendInt(b, int64(m.PID))
+	b = appendString(b, m.Profile)
+	b = appendList(b, m.Without)
+	b = appendInt(b, int64(m.Seccomp))
+	b = appendInt(b, int64(m.Filters))
+	b = appendBool(b, m.NoNewPrivs)
+	b = binary.BigEndian.AppendUint64(b, m.CapEff)
+	return binary.BigEndian.AppendUint64(b, m.CapBnd)
+}
+
+func (m *Confined) parse(r *reader) {
+	m.PID = int(r.int())
+	m.Profile = string(r.bytes())
+	m.Without = r.list()
+	m.Seccomp = int(r.int())
+	m.Filters = int(r.int())
+	m.NoNewPrivs = r.bool()
+	m.CapEff = uint64(r.int())
+	m.CapBnd = uint64(r.int())
+}
+
+func (m *Inspected) append(b []byte) []byte { return appendInt(b, int64(m.Dropped)) }
+
+func (m *Inspected) parse(r *reader) { m.Dropped = int(r.int()) }

@@ -24,22 +24,23 @@ var wire = []struct {
 }{
 	{"hello", &Header{Version: Version, Op: OpHello, Hello: &Hello{
 		Secret: []byte{1, 2, 3}, Entropy: []byte{4, 5}, Hostname: "box", Nonce: "n1", Overlay: 1 << 30, Pids: 4096,
-	}}, "0000000000000002 00000005 68656c6c6f 00000000 01" +
+	}}, "0000000000000003 00000005 68656c6c6f 00000000 01" +
 		" 00000003 010203 00000002 0405 00000003 626f78 00000002 6e31 0000000040000000 0000000000001000 00"},
 	{"ping", &Header{Version: Version, Op: OpPing, Secret: []byte{7, 7}},
-		"0000000000000002 00000004 70696e67 00000002 0707 00 00"},
+		"0000000000000003 00000004 70696e67 00000002 0707 00 00"},
 	{"exec", &Header{Version: Version, Op: OpExec, Secret: []byte{7, 7}, Exec: &Exec{Args: []string{"true"}}},
-		"0000000000000002 00000004 65786563 00000002 0707 00 01" +
-			" 00000001 00000004 74727565 00000000 00000000 00000000 00 00 00"},
+		"0000000000000003 00000004 65786563 00000002 0707 00 01" +
+			" 00000001 00000004 74727565 00000000 00000000 00000000 00 00 00 00000000 00000000"},
 	{"exec with all", &Exec{
 		Args: []string{"sh", "-c", ""}, Env: []string{"A=1"}, Dir: "/d", User: "u:g", Stdin: true, TTY: &Resize{24, 80}, KillAll: true,
+		Profile: "strict", Without: []string{"a", "bc"},
 	}, "00000003 00000002 7368 00000002 2d63 00000000 00000001 00000003 413d31" +
-		" 00000002 2f64 00000003 753a67 01 01 0018 0050 01"},
-	{"exec of bytes", &Exec{Args: []string{"\xff\x00\n"}}, "00000001 00000003 ff000a 00000000 00000000 00000000 00 00 00"},
+		" 00000002 2f64 00000003 753a67 01 01 0018 0050 01 00000006 737472696374 00000002 00000001 61 00000002 6263"},
+	{"exec of bytes", &Exec{Args: []string{"\xff\x00\n"}}, "00000001 00000003 ff000a 00000000 00000000 00000000 00 00 00 00000000 00000000"},
 	{"clock", &Clock{time.Date(2026, 7, 1, 12, 0, 0, 5, time.UTC)}, "18be28a6f37c8005"},
 	{"clock before 1970", &Clock{time.Unix(0, -1)}, "ffffffffffffffff"},
 	{"reply", &HelloReply{Version: Version, Nonce: "n1", Kernel: "6.1", Timings: Timings{Init: 1, Modules: 2, Root: 3, Agent: 4, Hello: time.Second}},
-		"0000000000000002 00000002 6e31 00000003 362e31" +
+		"0000000000000003 00000002 6e31 00000003 362e31" +
 			" 0000000000000001 0000000000000002 0000000000000003 0000000000000004 000000003b9aca00"},
 	{"timings", &Timings{Hello: math.MaxInt64},
 		"0000000000000000 0000000000000000 0000000000000000 0000000000000000 7fffffffffffffff"},
@@ -51,6 +52,17 @@ var wire = []struct {
 	{"exit", &Exit{Code: 255, User: 1, System: math.MinInt64}, "00000000000000ff 0000000000000000 00 0000000000000001 8000000000000000"},
 	{"killed", &Exit{Signal: 9, OOM: true}, "0000000000000000 0000000000000009 01 0000000000000000 0000000000000000"},
 	{"error", &Error{CodeNoDir, "no \xff"}, "00000006 6e6f5f646972 00000004 6e6f20ff"},
+	{"inspect", &Header{Version: Version, Op: OpInspect, Secret: []byte{7, 7}},
+		"0000000000000003 00000007 696e7370656374 00000002 0707 00 00"},
+	{"denial", &Denial{
+		First: time.Unix(0, 1), Last: time.Unix(0, 2), Count: 3, PID: 4, UID: -1, Comm: "x\xff", Profile: "p",
+		Arch: 0xc000003e, Number: 41, Args: []uint64{40, math.MaxUint64}, Allowed: true,
+	}, "0000000000000001 0000000000000002 0000000000000003 0000000000000004 ffffffffffffffff 00000002 78ff 00000001 70" +
+		" 00000000c000003e 0000000000000029 00000002 0000000000000028 ffffffffffffffff 01"},
+	{"confined", &Confined{
+		PID: 1, Profile: "p", Without: []string{"l"}, Seccomp: 2, Filters: 3, NoNewPrivs: true, CapEff: 1 << 63, CapBnd: 5,
+	}, "0000000000000001 00000001 70 00000001 00000001 6c 0000000000000002 0000000000000003 01 8000000000000000 0000000000000005"},
+	{"inspected", &Inspected{Dropped: 7}, "0000000000000007"},
 	{"empty error", &Error{}, "00000000 00000000"},
 }
 
@@ -60,7 +72,7 @@ func blank(m Message) Message {
 	case *Header:
 		return &Header{Secret: []byte("old"), Hello: &Hello{Nonce: "old"}, Exec: &Exec{Dir: "old"}}
 	case *Exec:
-		return &Exec{Args: []string{"old"}, Env: []string{"old"}, TTY: &Resize{1, 1}, Stdin: true, KillAll: true}
+		return &Exec{Args: []string{"old"}, Env: []string{"old"}, TTY: &Resize{1, 1}, Stdin: true, KillAll: true, Profile: "old", Without: []string{"old"}}
 	}
 	return reflect.New(reflect.TypeOf(m).Elem()).Interface().(Message)
 }
@@ -83,7 +95,7 @@ func TestWire(t *testing.T) {
 			t.Errorf("%s: %s", c.name, d)
 		}
 	}
-	if len(seen) != 11 {
+	if len(seen) != 14 {
 		t.Errorf("%d types of messages are tested", len(seen))
 	}
 }
@@ -123,6 +135,7 @@ func TestFieldsOfTheOperation(t *testing.T) {
 		"exec without exec":   {Op: OpExec},
 		"exec with hello":     {Op: OpExec, Hello: &Hello{}},
 		"ping with exec":      {Op: OpPing, Exec: &Exec{}},
+		"inspect with exec":   {Op: OpInspect, Exec: &Exec{}},
 		"other with hello":    {Op: "reboot", Hello: &Hello{}},
 	} {
 		h.Version = Version
@@ -213,12 +226,13 @@ func FuzzDecode(f *testing.F) {
 
 // What is sent arrives.
 func FuzzExec(f *testing.F) {
-	f.Add("sh\n-c\ntrue", "A=1\nB=", "/tmp", "root:wheel", true, uint16(24), uint16(80), false, []byte("secret"))
-	f.Add("", "", "", "", false, uint16(0), uint16(0), true, []byte(nil))
-	f.Fuzz(func(t *testing.T, args, env, dir, user string, stdin bool, rows, cols uint16, kill bool, secret []byte) {
+	f.Add("sh\n-c\ntrue", "A=1\nB=", "/tmp", "root:wheel", true, uint16(24), uint16(80), false, []byte("secret"), "strict", "guest-seccomp")
+	f.Add("", "", "", "", false, uint16(0), uint16(0), true, []byte(nil), "", "a\nb")
+	f.Fuzz(func(t *testing.T, args, env, dir, user string, stdin bool, rows, cols uint16, kill bool, secret []byte, profile, without string) {
 		want := &Header{Version: Version, Op: OpExec, Secret: secret, Exec: &Exec{
 			Args: strings.Split(args, "\n"), Env: strings.Split(env, "\n"),
 			Dir: dir, User: user, Stdin: stdin, KillAll: kill,
+			Profile: profile, Without: strings.Split(without, "\n"),
 		}}
 		if len(secret) == 0 {
 			want.Secret = nil

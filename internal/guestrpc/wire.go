@@ -121,3 +121,19 @@ func (r *reader) list() []string {
 	}
 	return list
 }
+
+// numbers returns numbers, each of eight bytes, which bounds how many there are.
+func (r *reader) numbers() []uint64 {
+	n := r.uint32()
+	if uint64(n) > uint64(len(r.b)/8) {
+		r.fail("a message ends early: %d numbers are due, %d bytes are left", n, len(r.b))
+	}
+	if n == 0 || r.err != nil {
+		return nil
+	}
+	list := make([]uint64, n)
+	for i := range list {
+		list[i] = uint64(r.int())
+	}
+	return list
+}

@@ -11,7 +11,8 @@ type Denial struct {
 	Time    time.Time // of the first
 	Last    time.Time // of the last
 	Count   int       // how often, 1 at least
-	PID     int       // of the thread
+	Thread  int       // its number, as the listener's reader has it
+	PID     int       // its process's, as the process itself has it; 0 if it was not looked up
 	UID     int       // its user; -1 if it was not looked up
 	Comm    string    // its name, at its own choice; "" if it was not looked up
 	Profile string
@@ -21,7 +22,7 @@ type Denial struct {
 
 // same reports whether d and e are one.
 func (d *Denial) same(e *Denial) bool {
-	return d.PID == e.PID && d.Data.Number == e.Data.Number && d.Data.Arch == e.Data.Arch &&
+	return d.Thread == e.Thread && d.Data.Number == e.Data.Number && d.Data.Arch == e.Data.Arch &&
 		d.Profile == e.Profile && d.Allowed == e.Allowed
 }
 

@@ -6,7 +6,7 @@ import (
 )
 
 func denial(pid, nr int) Denial {
-	return Denial{Time: time.Unix(int64(pid), int64(nr)), PID: pid, Data: Data{Number: int32(nr)}}
+	return Denial{Time: time.Unix(int64(pid), int64(nr)), Thread: pid, Data: Data{Number: int32(nr)}}
 }
 
 // put does what a listener does.
@@ -33,7 +33,7 @@ func TestRing(t *testing.T) {
 		sum := dropped
 		for j, d := range kept {
 			sum += d.Count
-			if want := i + 1 - len(kept) + j; d.PID != want || d.Count != 1+want%3 || d.Last.Before(d.Time) {
+			if want := i + 1 - len(kept) + j; d.Thread != want || d.Count != 1+want%3 || d.Last.Before(d.Time) {
 				t.Errorf("after %d: place %d is %+v, want pid %d", i, j, d, want)
 			}
 		}
@@ -83,8 +83,8 @@ func TestRingReadIsACopy(t *testing.T) {
 	r := NewRing(2)
 	put(r, denial(1, 1))
 	kept, _ := r.Read()
-	kept[0].PID = 7
-	if again, _ := r.Read(); again[0].PID != 1 {
+	kept[0].Thread = 7
+	if again, _ := r.Read(); again[0].Thread != 1 {
 		t.Error("the reader changed the ring")
 	}
 }
