@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/ironclaw-run/ironclaw/internal/layer"
+	"github.com/ironclaw-run/ironclaw/internal/sandbox"
 	"github.com/ironclaw-run/ironclaw/internal/state"
 )
 
@@ -78,15 +79,23 @@ func layers(names []layer.Name) string {
 	return strings.Join(words, ",")
 }
 
+const inspectLong = `Show what is known of a running sandbox: by its id, its name, or the beginning of its id.
+
+"layers" says of each layer of isolation around the VMM how it stands, as the kernel told it
+before the guest ran: "on"; "held", with what holds the same bound; "absent", if this host's kernel
+does not have it; or "off", if somebody chose to go without. "guest" is what the guest says of
+itself: which system calls it has refused, and how the commands that run are confined. Believe it as
+far as you believe the guest.
+
+With --seccomp only the refused system calls are shown, a line each.`
+
 func (a *app) inspectCommand() *cobra.Command {
+	var denials bool
 	cmd := &cobra.Command{
 		Use:   "inspect SANDBOX",
-		Short: "Show what is known of a running sandbox, as JSON",
-		Long: `Show what is known of a running sandbox, as JSON: by its id, its name, or the
-beginning of its id. "layers" says of each layer of isolation around the VMM how it stands, as
-the kernel told it before the guest ran: "on"; "held", with what holds the same bound; "absent",
-if this host's kernel does not have it; or "off", if somebody chose to go without.`,
-		Args: args(cobra.ExactArgs(1)),
+		Short: "Show what is known of a running sandbox, and how it is isolated",
+		Long:  inspectLong,
+		Args:  args(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, argv []string) error {
 			h, err := a.host()
 			if err != nil {
@@ -99,11 +108,37 @@ if this host's kernel does not have it; or "off", if somebody chose to go withou
 			if err != nil {
 				return err
 			}
-			writeJSON(a.stdout, r, "  ")
+			guest, err := h.Inspect(cmd.Context(), r.ID)
+			switch {
+			case denials && err != nil:
+				return err
+			case denials:
+				a.printDenials(guest)
+				return nil
+			}
+			described := struct {
+				state.Record
+				Guest      *sandbox.Inspection `json:"guest,omitempty"`
+				GuestError string              `json:"guestError,omitempty"`
+			}{Record: r, Guest: guest}
+			if err != nil { // it is starting, or ending
+				described.GuestError = err.Error()
+			}
+			writeJSON(a.stdout, described, "  ")
 			return nil
 		},
 	}
+	cmd.Flags().BoolVar(&denials, "seccomp", false, "only the system calls that were refused")
 	return cmd
+}
+
+func (a *app) printDenials(i *sandbox.Inspection) {
+	for _, d := range i.Denials {
+		fmt.Fprintf(a.stdout, "%s %s\n", d.Last.Local().Format(time.TimeOnly), d)
+	}
+	if i.Dropped > 0 {
+		fmt.Fprintf(a.stdout, "and %d more that the guest did not keep\n", i.Dropped)
+	}
 }
 
 type noSandboxError struct{ error }

@@ -9,6 +9,7 @@ import (
 	"math"
 	"os"
 	"path"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -36,10 +37,10 @@ type runFlags struct {
 	stdin   bool
 	tty     bool
 	timeout time.Duration
-	without []string
 	require []string
 	verbose bool
 	json    bool
+	without []string
 }
 
 const runLong = `Run a command in a new micro-VM, which is gone when the command ends.
@@ -84,10 +85,11 @@ func (a *app) runCommand(signals chan os.Signal) *cobra.Command {
 	fl.StringVar(&f.opts.Link, "link", "auto", "auto, vsock or serial")
 	fl.StringVar(&f.opts.Kernel, "kernel", "", "kernel image to boot: a bzImage or ELF file")
 	fl.StringVar(&f.opts.Modules, "modules", "", "directory with the modules of --kernel (default /lib/modules/RELEASE)")
-	fl.StringArrayVar(&f.without, "without", nil, "go without a layer of isolation (ironclaw doctor lists them)")
-	fl.StringArrayVar(&f.require, "require", nil, "let nothing else stand in for a layer of isolation")
+	fl.StringSliceVar(&f.require, "require", nil, "let nothing else stand in for this layer of isolation")
 	fl.BoolVar(&f.opts.Cold, "cold", false, "boot the machine: neither use a template nor keep one")
 	fl.BoolVar(&f.opts.ASLR, "aslr", false, "randomise addresses in the guest also where emulation makes that slow")
+	fl.StringVar(&f.opts.Seccomp, "seccomp", "", "system calls of the command: default, strict, or permissive (refuse nothing, note it)")
+	fl.StringSliceVar(&f.without, "without", nil, "go without this layer of isolation, knowingly (see docs/security.md)")
 	fl.BoolVarP(&f.verbose, "verbose", "v", false, "say what is happening and how long it takes")
 	fl.BoolVar(&f.json, "json", false, "result and timings as JSON, the last line of stderr")
 	return cmd
@@ -117,14 +119,17 @@ func (f *runFlags) complete(argv []string) (sandbox.Cmd, error) {
 	if f.workdir != "" && !path.IsAbs(f.workdir) {
 		return cmd, bad("workdir", fmt.Errorf("%q is not absolute", f.workdir))
 	}
-	if f.opts.Without, err = layer.ParseSet(f.without); err != nil {
-		return cmd, bad("without", err)
-	}
 	if f.opts.Require, err = layer.ParseSet(f.require); err != nil {
 		return cmd, bad("require", err)
 	}
 	if cmd.Env, err = environment(f.env, f.envFile); err != nil {
 		return cmd, &usageError{err, "run "}
+	}
+	if f.opts.Without, err = layer.ParseSet(f.without); err != nil {
+		return cmd, bad("without", err)
+	}
+	if s := f.opts.Seccomp; s != "" && !slices.Contains(guestrpc.Profiles(), s) {
+		return cmd, bad("seccomp", fmt.Errorf("no profile is called %q: there are %s", s, strings.Join(guestrpc.Profiles(), ", ")))
 	}
 	f.opts.Command = argv
 	return cmd, nil
@@ -254,7 +259,33 @@ func (r *runner) command(ctx context.Context, cmd sandbox.Cmd, signals chan os.S
 		r.phase(sandbox.Phase{Name: "first output", Duration: first.Sub(t)})
 	}
 	r.phaseSince("command", t)
+	if r.flags.verbose && r.ended {
+		r.denials(ctx)
+	}
 	return err
+}
+
+// denials says under -v which system calls were refused.
+func (r *runner) denials(ctx context.Context) {
+	const most, patience = 10, 5 * time.Second
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	list, dropped, err := r.sandbox.Denials(ctx)
+	if err != nil {
+		r.note(err.Error()) // the machine may have ended with its command
+		return
+	}
+	more := dropped
+	for i, d := range list {
+		if i >= most {
+			more += d.Count
+			continue
+		}
+		r.app.ui.line("seccomp: ", d.String())
+	}
+	if more > 0 {
+		r.app.ui.line("seccomp: ", fmt.Sprintf("and %d more", more))
+	}
 }
 
 func (r *runner) firstOutput() time.Time {

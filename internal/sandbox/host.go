@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ironclaw-run/ironclaw/internal/apt"
+	"github.com/ironclaw-run/ironclaw/internal/control"
 	"github.com/ironclaw-run/ironclaw/internal/guestrpc"
 	"github.com/ironclaw-run/ironclaw/internal/image"
 	"github.com/ironclaw-run/ironclaw/internal/jail"
@@ -97,6 +98,16 @@ func (h *Host) List() ([]state.Record, error) { return h.state.List() }
 // Find returns the record of a sandbox by id, name, or the beginning of an id; the error is
 // state.ErrNotFound if there is none.
 func (h *Host) Find(ref string) (state.Record, error) { return h.state.Find(ref) }
+
+// Inspect asks the process that runs a sandbox, and through it the guest, what was refused and
+// how its commands are confined. The error is control.ErrNobody if it does not answer.
+func (h *Host) Inspect(ctx context.Context, id string) (*Inspection, error) {
+	i := new(Inspection)
+	if err := control.Ask(ctx, h.state.Dir(id), control.Request{Op: opInspect}, i); err != nil {
+		return nil, fmt.Errorf("inspect sandbox %s: %w", id, err)
+	}
+	return i, nil
+}
 
 // Setup makes what a first run needs and what is missing: kernel and base image.
 func (h *Host) Setup(ctx context.Context, progress func(string)) error {

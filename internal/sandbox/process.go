@@ -25,6 +25,7 @@ type Cmd struct {
 	Stderr  io.Writer        // nil means discard
 	TTY     *guestrpc.Resize // not nil: a terminal of this size
 	KillAll bool             // when the command ends, end what it left running too
+	Seccomp string           // profile of system calls; "" means the sandbox's
 }
 
 // Exit is how a command ended.

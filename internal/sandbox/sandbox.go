@@ -8,6 +8,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -18,6 +19,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/ironclaw-run/ironclaw/internal/control"
 	"github.com/ironclaw-run/ironclaw/internal/guestrpc"
 	"github.com/ironclaw-run/ironclaw/internal/image"
 	"github.com/ironclaw-run/ironclaw/internal/jail"
@@ -45,10 +47,13 @@ type Options struct {
 	Modules string   // directory with the modules of Kernel; "" means /lib/modules/<release>
 	Command []string // noted in the record
 	Cold    bool     // boot: neither use a template nor make one
-	// Without are the layers of isolation that a person chose to go without; Require
-	// those that no other mechanism may stand in for.
+	ASLR    bool     // keep the guest's address space randomisation where it costs much (see vm.Spec)
+	// Seccomp is the profile of system calls of commands that name none: one of
+	// guestrpc.Profiles; "" means guestrpc.ProfileDefault.
+	Seccomp string
+	// Without are the layers of isolation that a person chose to go without; of those in
+	// the guest, guestrpc.Layers can be. Require are those that nothing else may stand in for.
 	Without, Require layer.Set
-	ASLR             bool // keep the guest's address space randomisation where it costs much (see vm.Spec)
 	// Progress is told what takes long, nil for nobody.
 	Progress func(step string)
 	// Note is told what went otherwise than it should, and was mended; nil for
@@ -76,6 +81,8 @@ type Sandbox struct {
 	hello   guestrpc.HelloReply
 	image   *image.Image
 	kernel  *kernel.Kernel
+	seccomp string   // of commands that name no profile
+	without []string // guest layers that commands go without
 	release func()
 }
 
@@ -91,7 +98,7 @@ func (h *Host) Create(ctx context.Context, opts Options) (*Sandbox, error) {
 	if err := opts.fill(); err != nil {
 		return nil, err
 	}
-	s := &Sandbox{id: newID()}
+	s := &Sandbox{id: newID(), seccomp: opts.Seccomp, without: guestLayers(opts.Without)}
 	b := &builder{host: h, opts: &opts, s: s, last: time.Now()}
 	defer b.stack.Run()
 	steps := []struct {
@@ -105,6 +112,7 @@ func (h *Host) Create(ctx context.Context, opts Options) (*Sandbox, error) {
 		{"driver", b.chooseDriver},
 		{"template", b.chooseTemplate},
 		{"", b.bringUp}, // tells its phases itself
+		{"", b.answerQuestions},
 	}
 	if opts.Kernel != "" { // refused, if it must be, before an image is built
 		steps[2], steps[3] = steps[3], steps[2]
@@ -163,7 +171,7 @@ func (o *Options) fill() error {
 	case o.Overlay < 0 || o.Overlay > o.Memory:
 		return fmt.Errorf("a writable disk of %d MiB does not fit the memory of %d MiB: it lives there", o.Overlay>>20, o.Memory>>20)
 	}
-	return nil
+	return checkConfinement(o.Seccomp, o.Without)
 }
 
 // newID makes an id that no other sandbox has: 60 random bits.
@@ -312,6 +320,24 @@ func (b *builder) waitForGuest(ctx context.Context) error {
 	return nil
 }
 
+// opInspect asks for an Inspection, over the control socket.
+const opInspect = "inspect"
+
+// answerQuestions lets other commands of this user ask about the sandbox.
+func (b *builder) answerQuestions(context.Context) error {
+	server, err := control.Serve(b.entry.Dir(), func(ctx context.Context, r control.Request) (any, error) {
+		if r.Op != opInspect {
+			return nil, fmt.Errorf("no question %.40q is known", r.Op)
+		}
+		return b.s.Inspect(ctx)
+	})
+	if err != nil {
+		return err
+	}
+	b.stack.Add(func() { _ = server.Close() })
+	return nil
+}
+
 // greet says hello to a machine's guest agent and waits for the answer.
 func greet(ctx context.Context, m vm.Machine, hello guestrpc.Hello) (secret []byte, reply guestrpc.HelloReply, err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, bootTimeout, fmt.Errorf("the guest did not come up within %v", bootTimeout))
@@ -377,6 +403,7 @@ func (s *Sandbox) Start(ctx context.Context, cmd Cmd) (*Process, error) {
 	exec := &guestrpc.Exec{
 		Args: cmd.Args, Env: cmd.Env, Dir: cmd.Dir, User: cmd.User,
 		Stdin: cmd.Stdin != nil, TTY: cmd.TTY, KillAll: cmd.KillAll,
+		Profile: cmp.Or(cmd.Seccomp, s.seccomp), Without: s.without,
 	}
 	if err := exec.Validate(); err != nil {
 		return nil, err
