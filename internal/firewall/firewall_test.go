@@ -102,6 +102,9 @@ func TestSetFailsClosed(t *testing.T) {
 	if diff, ok := errors.AsType[*rules.DifferenceError](err); !ok || !strings.Contains(diff.Diff, "other") {
 		t.Error(err)
 	}
+	if _, tried := errors.AsType[*NoBackendError](err); tried {
+		t.Errorf("iptables was tried, although nftables is there: %v", err)
+	}
 }
 
 // A namespace with a network is not closed, as it may be the host's. Devices that are

@@ -256,22 +256,22 @@ func (b *Backend) run(ctx context.Context, tool string, r rules.Rules, stdin str
 	}
 	cmd.Dir = "/"
 	cmd.Stdin = strings.NewReader(stdin)
-	out, says := &bounded{max: maxOutput}, &bounded{max: maxStderr}
+	out, says := &bounded{max: maxOutput, strict: true}, &bounded{max: maxStderr}
 	cmd.Stdout, cmd.Stderr = out, says
 	cmd.WaitDelay = time.Second
 	if err := cmd.Run(); err != nil {
+		if out.err != nil {
+			err = out.err
+		}
 		if cause := context.Cause(ctx); cause != nil {
 			err = cause
 		}
-		if why := oneLine(says.Bytes()); why != "" {
+		if why := oneLine(says.buf.Bytes()); why != "" {
 			return nil, fmt.Errorf("%s: %w: %s", tool, err, why)
 		}
 		return nil, fmt.Errorf("%s: %w", tool, err)
 	}
-	if out.over {
-		return nil, fmt.Errorf("%s says more than %d bytes", tool, maxOutput)
-	}
-	return out.Bytes(), nil
+	return out.buf.Bytes(), nil
 }
 
 // oneLine is what a program said, fit for a line of an error.
@@ -285,20 +285,24 @@ func oneLine(b []byte) string {
 	return strings.Join(strings.Fields(strings.Map(printable, strings.ToValidUTF8(string(b), "?"))), " ")
 }
 
-// bounded keeps the first max bytes that are written to it.
+// bounded keeps the first max bytes that are written to it. If it is strict more are an
+// error, which ends the program; else they are forgotten. The buffer is not embedded: its
+// ReadFrom would take everything, past Write.
 type bounded struct {
-	bytes.Buffer
-	max  int
-	over bool
+	buf    bytes.Buffer
+	max    int
+	strict bool
+	err    error
 }
 
 var _ io.Writer = (*bounded)(nil)
 
 func (b *bounded) Write(p []byte) (int, error) {
-	room := b.max - b.Len()
-	if len(p) > room {
-		b.over = true
+	room := b.max - b.buf.Len()
+	if len(p) > room && b.strict {
+		b.err = fmt.Errorf("more than %d bytes of output", b.max)
+		return 0, b.err
 	}
-	b.Buffer.Write(p[:min(len(p), room)])
+	b.buf.Write(p[:min(len(p), room)])
 	return len(p), nil
 }

@@ -1,11 +1,13 @@
 package iptables
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/ironclaw-run/ironclaw/internal/firewall/firewalltest"
 	"github.com/ironclaw-run/ironclaw/internal/firewall/rules"
@@ -121,5 +123,37 @@ func TestMissingTool(t *testing.T) {
 		if _, ok := errors.AsType[*MissingToolError](err); !ok {
 			t.Errorf("in %q: %v", dirs, err)
 		}
+	}
+}
+
+// The programs get nothing of our environment, and may neither talk nor wait for ever.
+func TestStrangeTools(t *testing.T) {
+	t.Setenv("LD_PRELOAD_OF_THE_CALLER", "x")
+	r := rules.Guard(1, 2)
+	for _, test := range []struct {
+		name, script string
+		wait         time.Duration
+		want         string
+	}{
+		{"Environment", "/usr/bin/env >&2; exit 3", patience, "exit status 3: "},
+		{"Talks", "exec /usr/bin/yes", patience, "more than 16777216 bytes of output"},
+		{"Complains", "/usr/bin/head -c 100000 /dev/zero >&2; exit 3", patience, "exit status 3"},
+		{"Waits", "exec /usr/bin/sleep 1000", 200 * time.Millisecond, context.DeadlineExceeded.Error()},
+		{"Lies", "echo nonsense", patience, errLine.Error()},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			dir := t.TempDir()
+			for _, name := range []string{"iptables-save", "ip6tables-save"} {
+				if err := os.WriteFile(filepath.Join(dir, name), []byte("#!/bin/sh\n"+test.script+"\n"), 0o755); err != nil {
+					t.Fatal(err)
+				}
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), test.wait)
+			defer cancel()
+			err := New(Options{Dirs: []string{dir}}).Verify(ctx, r)
+			if err == nil || !strings.Contains(err.Error(), test.want) || strings.Contains(err.Error(), "LD_PRELOAD") || len(err.Error()) > 2*maxStderr {
+				t.Errorf("%v\nwant %q", err, test.want)
+			}
+		})
 	}
 }

@@ -24,9 +24,10 @@ const (
 // nothing here waits; the socket's timeout is for kernels that do otherwise.
 // Sequential use only.
 type conn struct {
-	fd  int
-	seq uint32
-	buf []byte
+	fd     int
+	seq    uint32
+	buf    []byte
+	subsys uint8 // nftables' number in netfilter's netlink
 }
 
 // message is one netlink message without its header.
@@ -44,7 +45,7 @@ func dial(ctx context.Context) (*conn, error) {
 	if err != nil {
 		return nil, unsupported(os.NewSyscallError("netlink socket", err))
 	}
-	c := &conn{fd: fd, buf: make([]byte, maxAnswer)}
+	c := &conn{fd: fd, buf: make([]byte, maxAnswer), subsys: unix.NFNL_SUBSYS_NFTABLES}
 	wait := patience
 	if d, ok := ctx.Deadline(); ok {
 		wait = max(time.Millisecond, min(wait, time.Until(d)))
@@ -77,7 +78,7 @@ func (c *conn) appendMessage(b []byte, typ, flags uint16, fam uint8, resource ui
 	return pad(append(b, attrs...))
 }
 
-func subsystem(msg int) uint16 { return unix.NFNL_SUBSYS_NFTABLES<<8 | uint16(msg) }
+func (c *conn) typ(msg int) uint16 { return uint16(c.subsys)<<8 | uint16(msg) }
 
 // command is one change in a batch.
 type command struct {
@@ -90,12 +91,12 @@ type command struct {
 
 // commit makes all changes or none.
 func (c *conn) commit(commands []command) error {
-	b := c.appendMessage(nil, unix.NFNL_MSG_BATCH_BEGIN, 0, unix.AF_UNSPEC, unix.NFNL_SUBSYS_NFTABLES, nil)
+	b := c.appendMessage(nil, unix.NFNL_MSG_BATCH_BEGIN, 0, unix.AF_UNSPEC, uint16(c.subsys), nil)
 	first := c.seq
 	for _, cmd := range commands {
-		b = c.appendMessage(b, subsystem(cmd.msg), unix.NLM_F_ACK|cmd.flags, cmd.fam, 0, cmd.attrs)
+		b = c.appendMessage(b, c.typ(cmd.msg), unix.NLM_F_ACK|cmd.flags, cmd.fam, 0, cmd.attrs)
 	}
-	b = c.appendMessage(b, unix.NFNL_MSG_BATCH_END, 0, unix.AF_UNSPEC, unix.NFNL_SUBSYS_NFTABLES, nil)
+	b = c.appendMessage(b, unix.NFNL_MSG_BATCH_END, 0, unix.AF_UNSPEC, uint16(c.subsys), nil)
 	if err := c.send(b); err != nil {
 		return err
 	}
@@ -139,7 +140,7 @@ func (c *conn) get(msg int, dump bool, fam uint8, attrs []byte) ([]message, erro
 	if dump {
 		flags = unix.NLM_F_DUMP
 	}
-	if err := c.send(c.appendMessage(nil, subsystem(msg), flags, fam, 0, attrs)); err != nil {
+	if err := c.send(c.appendMessage(nil, c.typ(msg), flags, fam, 0, attrs)); err != nil {
 		return nil, err
 	}
 	var found []message

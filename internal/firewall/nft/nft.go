@@ -111,11 +111,20 @@ func with(ctx context.Context, f func(*conn) error) error {
 }
 
 // snapshot reads until nothing has changed meanwhile.
+//
+// A change takes two steps in the kernel. While it is prepared, nothing shows it but the
+// count of a table's objects. Then the generation's number changes, and a moment later the
+// rules do. An empty batch waits for the end of both: after the first look at the number,
+// so that a change which had begun then is over.
 func (c *conn) snapshot(r rules.Rules) ([]table, error) {
-	const tries = 20
-	for try := range tries {
+	const tries = 50
+	var odd uint32 // the generation in which a count did not fit
+	for range tries {
 		before, err := c.generation()
 		if err != nil {
+			return nil, err
+		}
+		if err := c.commit(nil); err != nil {
 			return nil, err
 		}
 		tables, err := c.read1(r)
@@ -132,14 +141,11 @@ func (c *conn) snapshot(r rules.Rules) ([]table, error) {
 		if before != after {
 			continue
 		}
-		// The count of a table's objects is the one thing that shows changes which
-		// are being made and are not yet. An empty batch waits for who makes them.
-		if try == tries-1 || !slices.ContainsFunc(tables, func(t table) bool { return t.more() != 0 }) {
-			return tables, nil
+		fits := !slices.ContainsFunc(tables, func(t table) bool { return t.more() != 0 })
+		if fits || odd == before {
+			return tables, nil // twice in one generation: nothing is being prepared
 		}
-		if err := c.commit(nil); err != nil {
-			return nil, err
-		}
+		odd = before
 	}
 	return nil, fmt.Errorf("%w, %d times in a row", errChanged, tries)
 }
