@@ -152,11 +152,20 @@ func (p probe) delivered(wait time.Duration) (bool, error) {
 		}
 		defer l.Close()
 		nonce := []byte(rand.Text())
-		sent := p.from.As(p.uid, func() error { return p.send(nonce, wait) })
-		if err := l.receive(nonce, wait); err == nil {
-			ok = true
-		} else if ne, isNet := errors.AsType[net.Error](err); !isNet || !ne.Timeout() {
-			return err
+		var sent error
+		// A packet may get lost for other reasons: a device that has just come up
+		// drops some. So it is sent again, as programs do.
+		for end := time.Now().Add(wait); !ok && time.Now().Before(end); {
+			once := wait
+			if p.oneWay() {
+				once = nothing / 3
+			}
+			sent = p.from.As(p.uid, func() error { return p.send(nonce, once) })
+			if err := l.receive(nonce, once); err == nil {
+				ok = true
+			} else if ne, isNet := errors.AsType[net.Error](err); !isNet || !ne.Timeout() {
+				return err
+			}
 		}
 		if ok && sent != nil {
 			return fmt.Errorf("it arrived, and yet: %w", sent)
