@@ -69,7 +69,7 @@ func inUserNamespace() (code int, ok bool) {
 // test may not skip.
 func AsUser(t *testing.T, name string) {
 	t.Helper()
-	testenv.NeedRoot(t)
+	NeedUsers(t)
 	const nobody = 65534
 	dir, err := os.MkdirTemp("", "firewalltest")
 	if err != nil {
