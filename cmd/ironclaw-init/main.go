@@ -2,7 +2,8 @@
 //
 // The kernel starts it as PID 1 from the initramfs. It makes the machine ready
 // (the order is in [guest.Boot]), starts itself once more as the agent, and from
-// then on only reaps. It does nothing on any other machine.
+// then on only reaps. The agent starts it a third time, for what commands see of
+// the machine. It does nothing on any other machine.
 package main
 
 import (
@@ -19,9 +20,10 @@ func main() {
 		fmt.Fprintf(os.Stderr, "ironclaw-init: agent: %v\n", err)
 		os.Exit(1)
 	case len(os.Args) > 1 && os.Args[1] == guest.ViewArg: // PID 1 too, of its own namespace
-		err := guest.RunView(os.Args[2:])
-		fmt.Fprintf(os.Stderr, "ironclaw-init: view: %v\n", err)
-		os.Exit(1)
+		if err := guest.RunView(os.Args[2:]); err != nil {
+			fmt.Fprintf(os.Stderr, "ironclaw-init: view: %v\n", err)
+			os.Exit(1)
+		}
 	case os.Getpid() == 1:
 		guest.Boot()
 	default:

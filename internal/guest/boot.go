@@ -114,7 +114,7 @@ func (b *boot) waitRootDisk() error {
 func setLimits() error {
 	// As systemd does: old programs, which know select only, are safe; those
 	// that need more may raise it.
-	files := unix.Rlimit{Cur: 1024, Max: 512 << 10}
+	files := unix.Rlimit{Cur: commandFiles, Max: 512 << 10}
 	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
 		return fmt.Errorf("open files: %w", err)
 	}

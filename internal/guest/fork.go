@@ -38,7 +38,7 @@ func forkRun(clone *cloneArgs, calls *call, n uintptr) (pid, errno uintptr)
 // child is a command before its birth. Everything that its calls point to is in
 // keep, and so on the heap, which does not move.
 type child struct {
-	cgroup int
+	cgroup int // descriptor of the group that it is born in; -1 for its parent's, in tests
 	calls  []call
 	what   []string // what each call is for
 	keep   []any
@@ -57,9 +57,9 @@ func pointer[T any](c *child, p *T) uintptr {
 	return uintptr(unsafe.Pointer(p))
 }
 
-// commandFiles is the limit on open files that a command begins with. The agent's
-// own was raised by package os.
-var commandFiles = unix.Rlimit{Cur: 1024, Max: 512 << 10}
+// commandFiles is how many files a command may open, unless it raises that: see
+// setLimits. Package os has raised it for the agent.
+const commandFiles = 1024
 
 // newChild makes the list for a command. fds become its descriptors 0, 1, 2.
 // filter is one more for the command, nil for none.
@@ -81,7 +81,11 @@ func newChild(id *identity, dir, path string, args, env []string, fds []int, tty
 	if err != nil {
 		return nil, err
 	}
-	files := commandFiles
+	var files unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
+		return nil, fmt.Errorf("read the limit of files: %w", err)
+	}
+	files.Cur = min(commandFiles, files.Max)
 	groups := append(make([]uint32, 0, len(id.groups)+1), id.groups...) // its address is taken, even of none
 	c.add("setsid", unix.SYS_SETSID)
 	c.add("limit files", unix.SYS_PRLIMIT64, 0, unix.RLIMIT_NOFILE, pointer(c, &files))
@@ -105,13 +109,15 @@ func newChild(id *identity, dir, path string, args, env []string, fds []int, tty
 }
 
 // start makes the child. It must run on a thread that blocks all signals: a handler
-// in the child would be one in the agent's memory. That of the agent's handlers
-// are none in the child is clone3's doing.
+// in the child would run in the agent's memory. clone3 sees to it that the child has
+// none when it unblocks them.
 func (c *child) start() (pid int, err error) {
 	args := &cloneArgs{
-		flags:      unix.CLONE_VFORK | unix.CLONE_VM | unix.CLONE_CLEAR_SIGHAND | unix.CLONE_INTO_CGROUP,
+		flags:      unix.CLONE_VFORK | unix.CLONE_VM | unix.CLONE_CLEAR_SIGHAND,
 		exitSignal: uint64(unix.SIGCHLD),
-		cgroup:     uint64(c.cgroup),
+	}
+	if c.cgroup >= 0 {
+		args.flags, args.cgroup = args.flags|unix.CLONE_INTO_CGROUP, uint64(c.cgroup)
 	}
 	c.keep = append(c.keep, args)
 	syscall.ForkLock.Lock()

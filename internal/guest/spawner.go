@@ -119,7 +119,7 @@ func (c *confiner) view(processes, devices bool) (*view, error) {
 		return nil, err
 	}
 	if processes {
-		go func() { c.die(v.wait()) }()
+		go func() { c.die(v.wait()) }() // for the agent's life
 	}
 	c.views[key] = v
 	return v, nil
@@ -153,8 +153,22 @@ type birth struct {
 func newSpawner(c confinement, v *view) (*spawner, error) {
 	s := &spawner{confinement: c, view: v, listener: -1, births: make(chan *birth)}
 	ready := make(chan error)
-	go s.run(ready)
+	onThread(func() { s.run(ready) })
 	return s, <-ready
+}
+
+// onThread runs f in a goroutine that has a thread of its own, which ends with it. It
+// is never the process's first, which outlives its goroutine and is what /proc/PID
+// shows for the whole process.
+func onThread(f func()) {
+	go func() {
+		runtime.LockOSThread() // and never unlocked: nothing else may run on what f leaves
+		if unix.Gettid() == unix.Getpid() {
+			onThread(f) // on another: this one is taken until that has begun
+			return
+		}
+		f()
+	}()
 }
 
 // start makes the child.
@@ -168,8 +182,10 @@ func (s *spawner) start(c *child) (pid int, err error) {
 // run is the spawner's thread. It ends with the agent, or at once with the error
 // that it sends.
 func (s *spawner) run(ready chan<- error) {
-	runtime.LockOSThread() // and never unlocked: nothing else may run on what it becomes
 	err := s.confine()
+	if err != nil && s.listener >= 0 {
+		unix.Close(s.listener)
+	}
 	ready <- err
 	if err != nil {
 		return

@@ -45,7 +45,7 @@ func newView(processes, devices bool) (*view, error) {
 		return nil, err
 	}
 	ours, theirs := os.NewFile(uintptr(pair[0]), "view"), os.NewFile(uintptr(pair[1]), "view")
-	args := []string{"ironclaw-view", ViewArg}
+	args := []string{viewName, ViewArg}
 	flags := uintptr(unix.CLONE_NEWNS)
 	if processes {
 		args, flags = append(args, viewProcesses), flags|unix.CLONE_NEWPID
@@ -68,19 +68,26 @@ func newView(processes, devices bool) (*view, error) {
 		v.Close()
 		return nil, err
 	}
+	if !processes { // the namespace lives by our descriptor
+		v.end()
+	}
 	return v, nil
 }
 
-// Close ends the view's process. Namespaces live on as long as somebody is in them.
-func (v *view) Close() error {
-	err := v.alive.Close()
+// end ends the view's process.
+func (v *view) end() {
+	v.alive.Close()
 	v.wait()
+}
+
+// Close gives up a view that nobody uses yet.
+func (v *view) Close() {
+	v.end()
 	for _, fd := range []int{v.mounts, v.pids} {
 		if fd >= 0 {
 			unix.Close(fd)
 		}
 	}
-	return err
 }
 
 // take waits until the view is made, and takes its namespaces.
@@ -119,7 +126,10 @@ func (v *view) wait() error {
 	}
 }
 
-const viewReady = "ready"
+const (
+	viewReady = "ready"
+	viewName  = "ironclaw-view"
+)
 
 // RunView makes a view; it is the body of that process. It returns only if the view
 // could not be made, or when the agent has ended.
@@ -134,7 +144,10 @@ func RunView(args []string) error {
 	}
 	agent := os.NewFile(viewFD, "agent")
 	unix.CloseOnExec(viewFD)
-	err := makeView(has(viewProcesses), has(viewDevices))
+	err := writeControl("/proc/self/comm", viewName) // it would be "exe"
+	if err == nil {
+		err = makeView(has(viewProcesses), has(viewDevices))
+	}
 	if err == nil {
 		err = powerless()
 	}

@@ -18,8 +18,10 @@ import "golang.org/x/sys/unix"
 // profiles allow it, and [Command] is the second filter that takes it from the
 // command. The C library falls back to clone, whose flags can be seen.
 
-// namespaces are the flags of clone and unshare that make namespaces.
-const namespaces = unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC |
+// notForCommands are the flags of clone that make namespaces, and the one that makes a
+// child of the caller's parent, which would be the guest agent: it knows nothing of
+// such a child and would never reap it.
+const notForCommands = unix.CLONE_PARENT | unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC |
 	unix.CLONE_NEWUSER | unix.CLONE_NEWPID | unix.CLONE_NEWNET
 
 // socketType is what of a socket's type is no flag (SOCK_TYPE_MASK).
@@ -35,7 +37,7 @@ func Default() *Profile {
 			allow(files, attributes, memory, processes, identities, signals, waiting, timers, channels, scheduling, system),
 			allow(fileExtras, memoryExtras, tracing, sysvIPC, queues, asyncIO),
 			[]Rule{
-				{Calls: []string{"clone"}, Action: Allow, Conds: []Cond{{0, namespaces, Equal, 0}}},
+				{Calls: []string{"clone"}, Action: Allow, Conds: []Cond{{0, notForCommands, Equal, 0}}},
 				{Calls: []string{"unshare"}, Action: Allow, Conds: []Cond{{0, Long, Equal, unix.CLONE_FILES}}},
 				{Calls: []string{"unshare"}, Action: Allow, Conds: []Cond{{0, Long, Equal, unix.CLONE_FS}}},
 			},
@@ -66,7 +68,7 @@ func Strict() *Profile {
 		Foreign: Notify,
 		Rules: join(
 			allow(files, attributes, memory, processes, identities, signals, waiting, timers, channels, scheduling, system),
-			[]Rule{{Calls: []string{"clone"}, Action: Allow, Conds: []Cond{{0, namespaces, Equal, 0}}}},
+			[]Rule{{Calls: []string{"clone"}, Action: Allow, Conds: []Cond{{0, notForCommands, Equal, 0}}}},
 			personalities(0xffffffff),
 			keystrokes(),
 			localSockets(),
