@@ -26,9 +26,13 @@ type call struct {
 	errno  uintptr // written by the child
 }
 
-// cloneArgs is struct clone_args, as Linux 5.7 has it.
+// cloneArgs is struct clone_args, as Linux 5.7 has it. What has no name is 0.
 type cloneArgs struct {
-	flags, pidFD, childTID, parentTID, exitSignal, stack, stackSize, tls, setTID, setTIDSize, cgroup uint64
+	flags      uint64
+	_          [3]uint64 // where to put the child's numbers
+	exitSignal uint64
+	_          [5]uint64 // a stack, thread-local storage, and the numbers wanted
+	cgroup     uint64
 }
 
 // forkRun makes a child that makes n calls one after the other, up to the first that

@@ -16,11 +16,21 @@
 // succeed ends the machine. Commands run under a memory limit that leaves the
 // agent and the kernel their part, so that a command can exhaust only itself.
 //
+// # Confinement
+//
+// Commands are born of a thread that is confined already (see spawner): it has the
+// profile of system calls, few capabilities, and the view of the machine in which
+// there is no agent, no device and no setting. What a profile does not allow comes
+// to the agent, which refuses and notes it (see watcher). If the thread that
+// answers, or the first process of the commands' pid namespace, ends, so does the
+// machine. A layer that cannot be set, or is not seen to be set, starts nothing.
+//
 // # What it does not promise
 //
-// Root in the guest can end the agent and with it the machine. That is no
-// boundary: the boundary is the virtual machine, and the host believes nothing
-// the guest says.
+// Who breaks the guest's kernel has all of the guest, the agent's secret included.
+// Root in the guest owns the files and every command, and can use up what commands
+// may have. Commands see each other. That is no boundary: the boundary is the
+// virtual machine, and the host believes nothing the guest says.
 package guest
 
 import (

@@ -109,7 +109,9 @@ func parseStatus(status string) (uid, pid int) {
 		}
 	}
 	if pids := strings.Fields(statusField(status, "NStgid")); len(pids) > 0 {
-		pid, _ = strconv.Atoi(pids[len(pids)-1])
+		if n, err := strconv.Atoi(pids[len(pids)-1]); err == nil {
+			pid = n
+		}
 	}
 	return uid, pid
 }

@@ -164,7 +164,7 @@ func TestGreetHostile(t *testing.T) {
 		"wrong nonce":       {`< hello {"version":2,"nonce":"other"}`, errGuestProtocol.Error()},
 		"no nonce":          {`< hello {"version":2}`, errGuestProtocol.Error()},
 		"long nonce":        {`< hello {"version":2,"nonce":"` + strings.Repeat("x", 60_000) + `"}`, errGuestProtocol.Error()},
-		"wrong version":     {`< hello {"version":3,"nonce":"NONCE"}`, "version 3"},
+		"wrong version":     {`< hello {"version":4,"nonce":"NONCE"}`, "version 4"},
 		"wrong frame":       {`< started {"pid":1}`, "frame 17 in place of hello"},
 		"garbage":           {`< hello []`, errGuestProtocol.Error()},
 		"error":             {`< error {"code":"internal","message":"set the clock: no"}`, "set the clock: no"},
