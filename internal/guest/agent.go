@@ -70,6 +70,9 @@ func RunAgent(argv []string) error {
 	if err := writeControl("/proc/self/comm", "ironclaw-agent"); err != nil { // it would be "exe"
 		return err
 	}
+	if args.Hostile {
+		return runHostile(args.Link)
+	}
 	j, err := newJobs(cgroupRoot)
 	if err != nil {
 		return fmt.Errorf("set up the commands' cgroup: %w", err)
@@ -123,6 +126,8 @@ type agentArgs struct {
 	Link  string           `json:"link"` // value of ironclaw.link
 	Warm  bool             `json:"warm"` // the machine will be saved before hello
 	Times guestrpc.Timings `json:"times"`
+
+	Hostile bool `json:"hostile,omitempty"` // see hostileFile
 }
 
 func parseAgentArgs(args []string) (a agentArgs, err error) {

@@ -57,6 +57,7 @@ func (b *boot) steps() []step {
 	return []step{
 		{"mount /proc, /sys and /dev", mountKernelFiles},
 		{"read the kernel's command line", b.readCommandLine},
+		{"see whether this machine attacks its host", b.readHostile},
 		{"listen for devices", b.openUevents}, // before the modules that make them
 		{"load modules", b.loadModules},
 		{"wait for the root disk", b.waitRootDisk},
@@ -90,6 +91,18 @@ func (b *boot) readCommandLine() error {
 		return fmt.Errorf("it has no ironclaw.link=")
 	}
 	return checkLink(b.agent.Link)
+}
+
+// hostileFile is in the initramfs of a machine that `ironclaw verify` makes to
+// attack its own host: a hostile agent then runs in the agent's place. That is no
+// way in for anybody: only the host puts files into an initramfs, and every agent
+// is taken for hostile by the host anyway.
+const hostileFile = "/hostile"
+
+func (b *boot) readHostile() error {
+	there, err := exists(hostileFile)
+	b.agent.Hostile = there
+	return err
 }
 
 func (b *boot) openUevents() (err error) {

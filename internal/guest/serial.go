@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ironclaw-run/ironclaw/internal/guest/hostile"
 	"github.com/ironclaw-run/ironclaw/internal/guestrpc"
 	"github.com/ironclaw-run/ironclaw/internal/link"
 )
@@ -40,6 +41,18 @@ func openLink(name string) (link.Guest, error) {
 		return nil, err
 	}
 	return link.NewMux(port, link.GuestSide), nil
+}
+
+// runHostile runs the hostile agent on the link.
+func runHostile(name string) error {
+	if name == linkVsock {
+		return hostile.Vsock(link.GuestVsock(guestrpc.PortHello, vsockHostPort))
+	}
+	port, err := openSerial()
+	if err != nil {
+		return err
+	}
+	return hostile.Serial(port)
 }
 
 // vsockHostPort is where the host waits for our call: at the port that has the

@@ -80,7 +80,33 @@ func (s *Store) initramfs(ctx context.Context, k *Kernel, agent Agent, want []st
 		return "", err
 	}
 	prune(dir)
-	return path, writeInitramfs(path, program, modules)
+	return path, writeInitramfs(path, program, modules, nil)
+}
+
+// HostileInitramfs makes in dir an initramfs whose agent attacks the host (see
+// package guest/hostile) and returns its path. It is for `ironclaw verify` alone:
+// nothing of it enters the store, and no other machine boots it.
+func (s *Store) HostileInitramfs(k *Kernel, agent Agent, want []string, dir string) (string, error) {
+	path := filepath.Join(dir, "hostile.cpio")
+	err := func() error {
+		tree, err := readModuleTree(k.Modules, k.Release)
+		if err != nil {
+			return err
+		}
+		modules, err := tree.order(want)
+		if err != nil {
+			return err
+		}
+		program, err := agent.Program()
+		if err != nil {
+			return err
+		}
+		return writeInitramfs(path, program, modules, []cpio.Record{static("hostile", nil, 0o600)})
+	}()
+	if err != nil {
+		return "", fmt.Errorf("make a hostile initramfs for kernel %s: %w", k.Release, err)
+	}
+	return path, nil
 }
 
 // initramfsKey digests what the initramfs is made of. Modules in the store belong
@@ -119,7 +145,7 @@ func fingerprint(h hash.Hash, dir string) error {
 }
 
 // writeInitramfs writes the archive under another name first.
-func writeInitramfs(path string, agent []byte, modules []*module) error {
+func writeInitramfs(path string, agent []byte, modules []*module, more []cpio.Record) error {
 	f, err := os.CreateTemp(filepath.Dir(path), tmpPrefix+"*")
 	if err != nil {
 		return err
@@ -127,7 +153,7 @@ func writeInitramfs(path string, agent []byte, modules []*module) error {
 	defer os.Remove(f.Name())
 	defer f.Close()
 	w := bufio.NewWriterSize(f, 1<<20)
-	if err := writeArchive(w, agent, modules); err != nil {
+	if err := writeArchive(w, agent, modules, more); err != nil {
 		return err
 	}
 	if err := errors.Join(w.Flush(), f.Chmod(0o644), f.Sync()); err != nil {
@@ -139,7 +165,7 @@ func writeInitramfs(path string, agent []byte, modules []*module) error {
 	return syncPath(filepath.Dir(path), unix.Fsync)
 }
 
-func writeArchive(w io.Writer, agent []byte, modules []*module) error {
+func writeArchive(w io.Writer, agent []byte, modules []*module, more []cpio.Record) error {
 	out := cpio.Newc.Writer(w)
 	var records []cpio.Record
 	for _, dir := range initramfsDirs {
@@ -149,7 +175,7 @@ func writeArchive(w io.Writer, agent []byte, modules []*module) error {
 	for i, m := range modules {
 		records = append(records, static(fmt.Sprintf("modules/%03d-%s.ko", i, m.name), unsigned(m.data), 0o644))
 	}
-	for i, r := range records {
+	for i, r := range append(records, more...) {
 		r.Ino = uint64(i + 1) // equal ones would be links to one another
 		r.NLink = 1
 		if err := out.WriteRecord(r); err != nil {

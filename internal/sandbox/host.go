@@ -40,6 +40,8 @@ type Host struct {
 	state  *state.Store
 	driver vm.Driver // in place of QEMU, for tests
 	agent  []byte    // in place of the agent that was built in, for tests
+
+	hostile string // directory of the initramfs whose agent attacks the host; "" but for Hostile
 }
 
 // DefaultHome is $IRONCLAW_HOME, or /var/lib/ironclaw for root, or ironclaw in
@@ -71,6 +73,16 @@ func Open(home string) *Host {
 		apt:       apt.New(filepath.Join(home, "apt")),
 		state:     state.Open(filepath.Join(home, "run")),
 	}
+}
+
+// Hostile is this Host, but that the agents of its machines attack it: see package
+// guest/hostile. What such machines start from is kept in dir, apart from what
+// others do. The caller names accelerator and link, and removes dir.
+func (h *Host) Hostile(dir string) *Host {
+	hostile := *h
+	hostile.hostile = dir
+	hostile.Templates = template.Open(filepath.Join(dir, "templates"), 0)
+	return &hostile
 }
 
 // LimitTemplates sets how many bytes of disk all templates may take together. Not
@@ -170,6 +182,9 @@ func (h *Host) initramfs(ctx context.Context, k *kernel.Kernel, l vm.Link) (stri
 		if agent, err = kernel.BuiltInAgent(); err != nil {
 			return "", err
 		}
+	}
+	if h.hostile != "" {
+		return h.Kernels.HostileInitramfs(k, agent, modulesFor(l), h.hostile)
 	}
 	return h.Kernels.Initramfs(ctx, k, agent, modulesFor(l))
 }

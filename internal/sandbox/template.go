@@ -101,7 +101,7 @@ func (b *builder) saveTemplate(ctx context.Context, dir string) error {
 // no good, whatever its checksums say, is removed, and the machine boots.
 func (b *builder) bringUp(ctx context.Context) error {
 	err := b.tryBringUp(ctx)
-	if err == nil || b.template == nil || ctx.Err() != nil || !templatesFault(err) {
+	if err == nil || b.template == nil || ctx.Err() != nil || !templatesFault(err) || b.host.hostile != "" {
 		return err
 	}
 	b.opts.Note(fmt.Sprintf("template %s is discarded and the machine boots: %v", b.template.ID, err))
