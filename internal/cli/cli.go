@@ -87,7 +87,7 @@ func (a *app) root(signals chan os.Signal) *cobra.Command {
 		return &usageError{err, verbOf(cmd)}
 	})
 	root.AddCommand(a.runCommand(signals), a.psCommand(), a.inspectCommand(), a.setupCommand(), a.doctorCommand(), a.imageCommand(), a.templateCommand(),
-		a.benchCommand(), a.versionCommand())
+		a.benchCommand(), a.verifyCommand(), a.versionCommand())
 	return root
 }
 

@@ -51,7 +51,7 @@ func load(t *testing.T, pattern ...string) map[string]pkg {
 // What runs in the guest is small and knows nothing of the host's side.
 func TestGuestImportsNothingOfTheHost(t *testing.T) {
 	p := load(t, "./cmd/ironclaw-init")["cmd/ironclaw-init"]
-	allowed := []string{"guest", "guestrpc", "link", "seccomp"}
+	allowed := []string{"guest", "guest/hostile", "guestrpc", "link", "seccomp"}
 	for _, d := range p.Deps {
 		if in, ok := strings.CutPrefix(d, module+"/internal/"); ok && !slices.Contains(allowed, in) {
 			t.Errorf("the guest's init imports internal/%s", in)
@@ -96,6 +96,9 @@ func TestLayers(t *testing.T) {
 		{"internal/firewall", "internal/sandbox", "only sandbox knows all the others"},
 		{"internal/sparse", "internal/", "it copies bytes and knows no one"},
 		{"internal/cli", "internal/vm/", "the command line links no driver"},
+		{"internal/guest/hostile", "internal/guest/", "it takes the agent's place and uses nothing of it"},
+		{"internal/verify/probe", "internal/", "it is the attacker's program and knows nothing of ours"},
+		{"internal/verify/testnet", "internal/", "a network knows nobody in it"},
 	}
 	for path, p := range load(t, "./...") {
 		for _, r := range rules {
