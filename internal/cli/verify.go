@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/ironclaw-run/ironclaw/internal/sandbox"
 	"github.com/ironclaw-run/ironclaw/internal/verify"
 )
 
@@ -47,13 +48,14 @@ func (a *app) verifyCommand() *cobra.Command {
 				return &usageError{err, "verify "}
 			}
 			if f.list {
-				return a.listAttacks(opts.Groups)
+				return a.listAttacks(opts)
 			}
 			return a.verify(cmd.Context(), f, opts)
 		},
 	}
 	fl := cmd.Flags()
 	fl.StringSliceVar(&f.groups, "group", nil, "guest, link, jail or host (default: all)")
+	fl.StringVar(&opts.Only, "only", "", "only attacks that have this text in their names")
 	fl.BoolVar(&f.json, "json", false, "as JSON")
 	fl.BoolVarP(&f.verbose, "verbose", "v", false, "show each attack without what stops it, too, and whole texts")
 	fl.BoolVar(&f.list, "list", false, "list the attacks and make none")
@@ -80,12 +82,22 @@ func verifyGroups(names []string) ([]verify.Group, error) {
 	return groups, nil
 }
 
-func (a *app) listAttacks(groups []verify.Group) error {
+func (a *app) listAttacks(opts verify.Options) error {
 	w := tabwriter.NewWriter(a.stdout, 0, 0, 2, ' ', 0)
-	for _, at := range verify.List(groups...) {
+	for _, at := range opts.Attacks() {
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", at.Group, at.Layer, at.Name, at.Expected)
 	}
 	return w.Flush()
+}
+
+// prefetch has what machines need installed, if it is not.
+func (a *app) prefetch(ctx context.Context, h *sandbox.Host) error {
+	defer a.ui.progress("")
+	if _, err := h.Kernel(ctx, "", "", a.ui.progress); err != nil {
+		return err
+	}
+	_, err := h.Image(ctx, sandbox.DefaultImage, a.ui.progress)
+	return err
 }
 
 // verify runs itself once more in a network made for it, or makes the attacks.
@@ -100,10 +112,9 @@ func (a *app) verify(ctx context.Context, f verifyFlags, opts verify.Options) er
 	opts.Progress = a.ui.progress
 	if !verify.Inside() {
 		// Fetched here: inside there is no network.
-		if err := opts.Host.Setup(ctx, a.ui.progress); err != nil {
+		if err := a.prefetch(ctx, opts.Host); err != nil {
 			return err
 		}
-		a.ui.progress("")
 		code, err := verify.Enter(ctx, opts.Program, os.Args[0], os.Args[1:]...)
 		var none *verify.NoNetworkError
 		if !errors.As(err, &none) {
@@ -126,6 +137,8 @@ func (a *app) verify(ctx context.Context, f verifyFlags, opts verify.Options) er
 	}
 	err = report.Err()
 	switch {
+	case err == nil:
+		return nil
 	case errors.Is(err, verify.ErrWorked):
 		a.code = 1
 		a.ui.line("error: ", err.Error())

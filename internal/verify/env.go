@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/ironclaw-run/ironclaw/internal/layer"
@@ -31,6 +33,7 @@ type env struct {
 	neighbourBox *sandbox.Sandbox
 	hostileHost  *sandbox.Host
 	cell         Cell
+	listeners    []net.Listener        // that a jail must not reach
 	quiet        map[string]linkResult // of scenarios that are waited for together
 	linkBefore   usage                 // before the first hostile machine
 	imageSum     string                // of the image, before the first attack
@@ -72,6 +75,9 @@ func (e *env) close() {
 	}
 	if e.cell != nil {
 		_ = e.cell.Close()
+	}
+	for _, l := range e.listeners {
+		_ = l.Close()
 	}
 	if e.net != nil {
 		_ = e.net.Close()
@@ -242,7 +248,7 @@ func oneResult(out []byte) (probe.Result, error) {
 // childProbe makes an attack in a process of this host that nothing holds but the
 // test network. Only for attacks that go over it, and for files in e.dir.
 func (e *env) childProbe(ctx context.Context, r probe.Request) (probe.Result, error) {
-	if e.net == nil {
+	if e.net == nil && strings.HasPrefix(r.Attack, "net.") {
 		return probe.Result{}, e.noNet
 	}
 	out, err := testnet.Child(ctx, e.opts.Program, probe.Name, probe.Line(r)).Output()

@@ -23,6 +23,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/ironclaw-run/ironclaw/internal/layer"
@@ -103,6 +104,7 @@ type Options struct {
 	Sandbox sandbox.Options // of the machines that are attacked
 	Program string          // this program, which also holds the probes; required
 	Groups  []Group         // nil means all
+	Only    string          // only attacks that have this in their names
 	// NoNetwork is why there is no test network. Nil means that this process is in
 	// one (see Enter).
 	NoNetwork error
@@ -141,6 +143,11 @@ func List(groups ...Group) []Attack {
 	return all
 }
 
+// Attacks lists what Run will make.
+func (o *Options) Attacks() []Attack {
+	return slices.DeleteFunc(List(o.Groups...), func(a Attack) bool { return !strings.Contains(a.Name, o.Only) })
+}
+
 // Run makes the attacks one after the other. The error says that none could be
 // made; what went wrong with single ones is in the report.
 func Run(ctx context.Context, opts Options) (*Report, error) {
@@ -156,7 +163,7 @@ func Run(ctx context.Context, opts Options) (*Report, error) {
 	}
 	defer e.close()
 	r := &Report{Begun: time.Now()}
-	for _, a := range List(opts.Groups...) {
+	for _, a := range opts.Attacks() {
 		if err := ctx.Err(); err != nil {
 			return r, context.Cause(ctx)
 		}

@@ -139,14 +139,29 @@ func Question() []byte {
 	return b
 }
 
+// askUntil asks again for a while: the kernel makes the ways to new IPv6 addresses
+// in its own time.
+func (s server) askUntil(end time.Time) error {
+	for {
+		err := s.ask()
+		if err == nil || time.Now().After(end) {
+			return err
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// askTime bounds one question.
+const askTime = 500 * time.Millisecond
+
 // ask speaks to the server as a client would.
 func (s server) ask() error {
-	c, err := net.DialTimeout(s.network, s.address, fenceTime)
+	c, err := net.DialTimeout(s.network, s.address, askTime)
 	if err != nil {
 		return err
 	}
 	defer c.Close()
-	_ = c.SetDeadline(time.Now().Add(fenceTime))
+	_ = c.SetDeadline(time.Now().Add(askTime))
 	say := []byte("GET / HTTP/1.0\n\n")
 	if s.dns {
 		say = Question()

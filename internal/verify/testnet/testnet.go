@@ -68,12 +68,13 @@ func Command(ctx context.Context, name string, args ...string) *exec.Cmd {
 func Inside() bool { return os.Getenv(marker) != "" }
 
 // Child is a program that will run beside this one in the namespace, with what it
-// takes to send packets of any kind: an attacker whom nothing holds.
+// takes to send packets of any kind: an attacker whom nothing holds. Outside of a
+// namespace it is a program like any other.
 func Child(ctx context.Context, name string, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Env = []string{}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if os.Geteuid() != 0 {
+	if os.Geteuid() != 0 && Inside() {
 		cmd.SysProcAttr.AmbientCaps = capabilities
 	}
 	return cmd
@@ -183,7 +184,7 @@ func (n *Net) Prove() error {
 		return fmt.Errorf("prove the test network: %w", err)
 	}
 	for _, s := range n.servers() {
-		if err := s.ask(); err != nil {
+		if err := s.askUntil(time.Now().Add(fenceTime)); err != nil {
 			return fmt.Errorf("prove the test network: %s %s does not answer: %w", s.network, s.address, err)
 		}
 		after, err := n.Packets()
