@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/ironclaw-run/ironclaw/internal/layer"
 	"github.com/ironclaw-run/ironclaw/internal/sandbox"
 	"github.com/ironclaw-run/ironclaw/internal/verify"
 )
@@ -110,6 +111,7 @@ func (a *app) verify(ctx context.Context, f verifyFlags, opts verify.Options) er
 		return err
 	}
 	opts.Progress = a.ui.progress
+	opts.Layers = func(s *sandbox.Sandbox) layer.Report { return s.Machine().Info().Layers }
 	if !verify.Inside() {
 		// Fetched here: inside there is no network.
 		if err := a.prefetch(ctx, opts.Host); err != nil {

@@ -23,20 +23,23 @@ import (
 // write into all its neighbours' memory.
 //
 // The answer does not depend on what the program could change meanwhile: a file is given, not
-// a permission. execve is let through, the stage's own above all; all of it ends with Seal,
-// before anything foreign runs.
+// a permission. The stage's own execve is let through, and others only where a jail without mounts
+// of its own has programs; all of it ends with Seal, before anything foreign runs.
 type opener struct {
 	fd    int // of the listener
 	opens map[string]*os.File
 	stop  int // an event that ends serve
+
+	single   bool // only one execve is let through: the stage's own
+	executed bool // it was; serve only
 
 	done chan struct{} // closed when serve has ended
 	once sync.Once
 }
 
 // newOpener serves the listener fd. It owns fd.
-func newOpener(fd int, opens map[string]*os.File) *opener {
-	o := &opener{fd: fd, opens: maps.Clone(opens), done: make(chan struct{}), stop: -1}
+func newOpener(fd int, opens map[string]*os.File, single bool) *opener {
+	o := &opener{fd: fd, single: single, opens: maps.Clone(opens), done: make(chan struct{}), stop: -1}
 	stop, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
 	if err != nil {
 		unix.Close(fd) // every call that is asked for is refused then
@@ -86,6 +89,11 @@ func (o *opener) serve() {
 func (o *opener) answer(n *seccomp.Notification) {
 	switch n.Data.Number {
 	case unix.SYS_EXECVE:
+		if o.executed && o.single {
+			_ = seccomp.Refuse(o.fd, n.ID, unix.EACCES)
+			return
+		}
+		o.executed = true
 		_ = seccomp.Continue(o.fd, n.ID) // an error, here and below, says that the caller was killed
 	case unix.SYS_OPENAT:
 		o.open(n)

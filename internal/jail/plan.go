@@ -35,6 +35,26 @@ func (j *Jail) plan(p *Program) plan {
 	return plan
 }
 
+// Bounds are what a jail bounds.
+type Bounds struct {
+	Memory       int64 // bytes, by the cgroup
+	CPUPercent   int   // of one processor, by the cgroup
+	Threads      int
+	Files        int   // descriptors
+	AddressSpace int64 // bytes, where there is no cgroup
+	Processors   int   // to run on, where there is no cgroup
+}
+
+// BoundsOf tells what jails with these options bound.
+func BoundsOf(opts Options) Bounds {
+	j := &Jail{opts: opts}
+	j.opts.CPUs = max(j.opts.CPUs, 1)
+	return Bounds{
+		Memory: j.opts.Memory, CPUPercent: j.cpuPercent(), Threads: j.threads(), Files: maxDescriptors,
+		AddressSpace: j.addressSpace(), Processors: j.affinity(),
+	}
+}
+
 const maxDescriptors = 256 // open at once; QEMU has some 30
 
 // limits are the resource limits. In a user namespace threads are counted there only

@@ -98,7 +98,7 @@ func (j *Jail) follow(ctx context.Context, proc *Process) error {
 			j.noteLandlock(*reply.Landlock)
 		}
 		if len(fds) == 1 && proc.opener == nil {
-			proc.opener = newOpener(fds[0], proc.program.Opens)
+			proc.opener = newOpener(fds[0], proc.program.Opens, j.on(layer.Mounts))
 			continue
 		}
 		for _, fd := range fds {

@@ -56,6 +56,9 @@ func jailAttacks() []Attack {
 				if err := e.openCell(ctx); err != nil {
 					return Finding{}, err
 				}
+				if c.alone {
+					return e.inCellWithout(ctx, c, c.also...)
+				}
 				return inCell(ctx, e.cell, probe.Request{Attack: c.attack, Args: c.args(e)})
 			},
 			control: func(ctx context.Context, e *env) (Finding, error) { return e.withoutLayer(ctx, c) },
@@ -64,17 +67,12 @@ func jailAttacks() []Attack {
 	return all
 }
 
-var errNoCell = errors.New("this program has no jails")
-
 // openCell makes the cell that all attacks of the group share.
 func (e *env) openCell(ctx context.Context) error {
 	if e.cell != nil {
 		return nil
 	}
-	if e.opts.Cell == nil {
-		return errNoCell
-	}
-	cell, err := e.opts.Cell(ctx, nil)
+	cell, err := newJailCell(ctx, e.opts.Program, e.dir, nil)
 	if err != nil {
 		return err
 	}
@@ -100,11 +98,15 @@ func (e *env) withoutLayer(ctx context.Context, c jailCase) (Finding, error) {
 	if c.noControl != "" {
 		return Finding{}, &notHere{c.noControl}
 	}
-	without := layer.Set{c.layer: true}
-	for _, n := range c.also {
+	return e.inCellWithout(ctx, c, append([]layer.Name{c.layer}, c.also...)...)
+}
+
+func (e *env) inCellWithout(ctx context.Context, c jailCase, layers ...layer.Name) (Finding, error) {
+	without := layer.Set{}
+	for _, n := range layers {
 		without[n] = true
 	}
-	cell, err := e.opts.Cell(ctx, without)
+	cell, err := newJailCell(ctx, e.opts.Program, e.dir, without)
 	if err != nil {
 		return Finding{}, err
 	}

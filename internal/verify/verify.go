@@ -108,9 +108,6 @@ type Options struct {
 	// NoNetwork is why there is no test network. Nil means that this process is in
 	// one (see Enter).
 	NoNetwork error
-	// Cell starts a program in the VMM's place in a jail. Nil means that this
-	// program has no jails: then there is no group jail.
-	Cell func(ctx context.Context, without layer.Set) (Cell, error)
 	// Layers is how the layers of a sandbox stand, read from the kernel. Nil means
 	// that nobody knows: an attack that is stopped by a layer only is then absent
 	// if it works.
@@ -153,9 +150,6 @@ func (o *Options) Attacks() []Attack {
 func Run(ctx context.Context, opts Options) (*Report, error) {
 	if len(opts.Groups) == 0 {
 		opts.Groups = Groups()
-		if opts.Cell == nil {
-			opts.Groups = slices.DeleteFunc(opts.Groups, func(g Group) bool { return g == Jail })
-		}
 	}
 	e, err := newEnv(ctx, &opts)
 	if err != nil {

@@ -1,0 +1,122 @@
+package verify
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/ironclaw-run/ironclaw/internal/jail"
+	"github.com/ironclaw-run/ironclaw/internal/layer"
+)
+
+// Where a jail has the attacker and what stands for the image.
+const (
+	insideProgram = "/ironclaw"
+	insideImage   = "/root.img"
+)
+
+// cellMemory bounds an attacker's memory, bytes.
+const cellMemory = 192 << 20
+
+// maxSaid bounds what is kept of what an attacker says, bytes.
+const maxSaid = 1 << 20
+
+// jailCell is a jail as every VMM has it, with this program in the VMM's place.
+type jailCell struct {
+	opts   jail.Options
+	files  []jail.File
+	image  string // on the host
+	report layer.Report
+}
+
+// newJailCell makes a cell of this program. dir is for what it needs on the host.
+func newJailCell(ctx context.Context, program, dir string, without layer.Set) (Cell, error) {
+	report, errs := jail.Check(ctx, without)
+	if len(errs) > 0 {
+		return nil, errors.Join(errs...)
+	}
+	image, err := os.CreateTemp(dir, "image-")
+	if err != nil {
+		return nil, err
+	}
+	defer image.Close()
+	if _, err := image.WriteString("an image that nobody may change\n"); err != nil {
+		return nil, err
+	}
+	if err := image.Chmod(0o644); err != nil {
+		return nil, err
+	}
+	return &jailCell{
+		opts:  jail.Options{ID: "verify", CPUs: 1, Memory: cellMemory, Disk: dir, Without: without},
+		image: image.Name(), report: report,
+		files: []jail.File{{Host: program, Inside: insideProgram}, {Host: image.Name(), Inside: insideImage}},
+	}, nil
+}
+
+func (c *jailCell) Facts() CellFacts {
+	b := jail.BoundsOf(c.opts)
+	f := CellFacts{
+		Root: []string{filepath.Base(insideProgram), filepath.Base(insideImage)}, Image: insideImage, Exe: insideProgram,
+		Memory: b.Memory, CPU: int64(b.CPUPercent), Pids: int64(b.Threads), Files: int64(b.Files),
+	}
+	if c.opts.Without.Has(layer.Mounts) {
+		f.Image, f.Exe = c.image, c.files[0].Host
+	}
+	for _, s := range c.report {
+		if s.Layer == layer.Cgroup && s.State == layer.Held { // by other bounds
+			f.Memory, f.CPU = b.AddressSpace, int64(b.Processors*100)
+		}
+	}
+	return f
+}
+
+func (c *jailCell) Report() layer.Report { return c.report }
+
+func (c *jailCell) Close() error { return os.Remove(c.image) }
+
+func (c *jailCell) Run(ctx context.Context, args ...string) ([]byte, error) {
+	j, err := jail.Prepare(ctx, c.opts)
+	if err != nil {
+		return nil, err
+	}
+	defer j.Close()
+	var out limited
+	p, err := j.Start(ctx, jail.Program{
+		Path: j.Path(c.files[0].Host, insideProgram), Args: args, Files: c.files, Stdout: &out, Stderr: io.Discard,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("put the attacker in a jail: %w", err)
+	}
+	defer p.Close()
+	if _, err := p.Verify(1); err != nil && !ended(p) {
+		return nil, err
+	}
+	select {
+	case <-p.Exited():
+		return out.b.Bytes(), p.Err()
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+// ended reports whether the attacker was done before it could be looked at.
+func ended(p *jail.Process) bool {
+	select {
+	case <-p.Exited():
+		return true
+	default:
+		return false
+	}
+}
+
+// limited keeps the beginning of what is written.
+type limited struct{ b bytes.Buffer }
+
+func (l *limited) Write(p []byte) (int, error) {
+	l.b.Write(p[:min(len(p), maxSaid-l.b.Len())])
+	return len(p), nil
+}
