@@ -174,3 +174,41 @@ func TestAgent(t *testing.T) {
 		t.Errorf("Agent: %v", err)
 	}
 }
+
+// An initramfs that attacks is the usual one with one more file, and is nowhere in
+// the store: no other machine can come to boot it.
+func TestHostileInitramfs(t *testing.T) {
+	dir, out := t.TempDir(), t.TempDir()
+	s := Open(dir)
+	k := testKernel(t, t.TempDir())
+	path, err := s.HostileInitramfs(k, AgentOf(testAgent), []string{"virtio_rng"}, out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	usual, err := s.Initramfs(t.Context(), k, AgentOf(testAgent), []string{"virtio_rng"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := func(path string) []string {
+		f, err := os.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		records, err := cpio.ReadAllRecords(cpio.Newc.Reader(f))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var names []string
+		for _, r := range records {
+			names = append(names, r.Name)
+		}
+		return names
+	}
+	if got, want := names(path), append(names(usual), "hostile"); !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+	if filepath.Dir(path) != out {
+		t.Errorf("it is at %s", path)
+	}
+}

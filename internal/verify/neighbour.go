@@ -46,7 +46,45 @@ func neighbourAttacks() []Attack {
 	return []Attack{{
 		Group: Guest, Layer: Machine, Name: "find files of another sandbox", Expected: "not there",
 		run: look((*env).neighbour), control: look((*env).attacker),
+	}, {
+		Group: Guest, Layer: Machine, Name: "connect to a server in another sandbox", Expected: "no address leads there",
+		run: connectFrom((*env).attacker), control: connectFrom((*env).neighbour),
 	}}
+}
+
+// connectFrom has a server in the neighbour, on all addresses that it has, and
+// connects to it from one of the two, at all that it could have.
+func connectFrom(from func(*env, context.Context) (*sandbox.Sandbox, error)) attackFunc {
+	return func(ctx context.Context, e *env) (Finding, error) {
+		neighbour, err := e.neighbour(ctx)
+		if err != nil {
+			return Finding{}, err
+		}
+		s, err := from(e, ctx)
+		if err != nil {
+			return Finding{}, err
+		}
+		const port = "7077"
+		r, w := io.Pipe()
+		defer r.Close() // what it says later goes nowhere
+		p, err := neighbour.Start(ctx, sandbox.Cmd{
+			Args:   []string{probePath, probe.Name, probe.Line(probe.Request{Attack: "net.serve", Args: []string{":" + port, "15000"}})},
+			Stdout: w, KillAll: true,
+		})
+		if err != nil {
+			return Finding{}, err
+		}
+		defer p.Close()
+		stop := context.AfterFunc(ctx, func() { r.Close() })
+		defer stop()
+		up := make([]byte, 3)
+		if _, err := io.ReadFull(r, up); err != nil || string(up) != "up\n" {
+			return Finding{}, fmt.Errorf("start a server in a neighbour: %q, %w", up, err)
+		}
+		args := []string{"127.0.0.1:" + port, "[::1]:" + port, neighbour.ID() + ":" + port, "10.0.2.15:" + port, "10.213.7.1:" + port}
+		res, err := e.probeIn(ctx, s, "root", probe.Request{Attack: "net.tcp", Args: args})
+		return Finding{res.Detail, res.Outcome == probe.Worked}, err
+	}
 }
 
 // imageAttack looks at the image after all that was done to it.

@@ -29,6 +29,7 @@ var netAttacks = map[string]attack{
 	"net.socket":     socketFamilies,
 	"net.unix":       unixConnect,
 	"net.netlink":    netlinkAddress,
+	"net.serve":      serve,
 }
 
 // tcp ADDRESS...: connects.
@@ -40,6 +41,28 @@ func tcp(args []string) (Outcome, string) {
 		}
 		return c.Close()
 	})
+}
+
+// serve ADDRESS MILLISECONDS: listens, for others to try to reach it.
+func serve(args []string) (Outcome, string) {
+	if len(args) != 2 {
+		return Unknown, "an address and a time are needed"
+	}
+	l, err := net.Listen("tcp", args[0])
+	if err != nil {
+		return Unknown, err.Error()
+	}
+	time.AfterFunc(duration(args[1:]), func() { l.Close() })
+	if _, err := os.Stdout.WriteString("up\n"); err != nil {
+		return Unknown, err.Error()
+	}
+	for calls := 0; ; calls++ {
+		c, err := l.Accept()
+		if err != nil {
+			return Refused, fmt.Sprintf("%d calls", calls)
+		}
+		c.Close()
+	}
 }
 
 // udp ADDRESS HEX...: sends a datagram of those bytes and waits for an answer.
