@@ -247,6 +247,13 @@ func EnsureGuard(ctx context.Context, firstUID, last uint32, o Options) (GuardRe
 	return result, nil
 }
 
+// RemoveGuard takes the guard out of the namespace of the calling thread, if it is there: to show
+// what it stops, where that does no harm.
+func RemoveGuard(ctx context.Context, firstUID, last uint32, o Options) error {
+	_, err := first(o, func(b rules.Backend) error { return b.Remove(ctx, rules.Guard(firstUID, last)) })
+	return err
+}
+
 // install puts the guard in its place, unless somebody has done so meanwhile.
 // nftables would not need the lock; iptables looks first and acts then.
 func install(ctx context.Context, b rules.Backend, r Rules, o Options) (GuardState, string, error) {

@@ -1,6 +1,7 @@
 package jail
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -37,9 +38,9 @@ func (e *errNoCgroup) Error() string { return e.why }
 // to 64 that read files.
 func (j *Jail) threads() int { return j.opts.CPUs + 80 }
 
-// cpuPercent bounds the processor time: the machine's processors, and a half for the
-// VMM's own work.
-func (j *Jail) cpuPercent() int { return j.opts.CPUs*100 + 50 }
+// cpuPercent bounds the processor time: by default the machine's processors, and a half for
+// the VMM's own work.
+func (j *Jail) cpuPercent() int { return cmp.Or(j.opts.Percent, j.opts.CPUs*100+50) }
 
 // Bounds of what a VMM reads from the disk on which its image is, generous: it is a
 // neighbour's share that they protect.

@@ -47,6 +47,7 @@ import (
 type Options struct {
 	ID      string    // of the sandbox; it names the firewall's rules and the cgroup. Required
 	CPUs    int       // that the program may use; 0 means 1
+	Percent int       // of one processor that it may use in all; 0 means CPUs and a half
 	Memory  int64     // that the program may use, bytes, its own needs included; required
 	Disk    string    // a file on the disk from which reading is bounded; "" for none
 	Without layer.Set // layers that a person chose to go without
@@ -221,6 +222,9 @@ func (j *Jail) prepare(ctx context.Context) {
 			return err
 		}
 		reply, _, err := j.receive(ctx)
+		if errors.Is(err, io.EOF) {
+			return j.endedEarly()
+		}
 		if err != nil {
 			return err
 		}

@@ -89,7 +89,7 @@ func (j *Jail) follow(ctx context.Context, proc *Process) error {
 		case errors.Is(err, io.EOF) && executing:
 			return nil // its end of the socket was closed by execve
 		case errors.Is(err, io.EOF):
-			return errors.New("the jail's process ended before it could run anything")
+			return j.endedEarly()
 		case err != nil:
 			return err
 		}
@@ -119,7 +119,7 @@ func (j *Jail) noteLandlock(abi int) {
 }
 
 // receive waits for a message of the stage. io.EOF is the end of its socket: it
-// has become the program, or has ended, which is told as an error of its own.
+// has become the program, or has ended.
 func (j *Jail) receive(ctx context.Context) (reply, []int, error) {
 	stop := context.AfterFunc(ctx, func() { _ = unix.Shutdown(j.control, unix.SHUT_RDWR) })
 	defer stop()
@@ -134,7 +134,7 @@ func (j *Jail) receive(ctx context.Context) (reply, []int, error) {
 		case err != nil:
 			return reply{}, nil, fmt.Errorf("listen to the jail: %w", err)
 		case n == 0:
-			return reply{}, nil, j.ended()
+			return reply{}, nil, io.EOF
 		case flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0:
 			return reply{}, nil, errors.New("listen to the jail: a message is too long")
 		}
@@ -150,13 +150,16 @@ func (j *Jail) receive(ctx context.Context) (reply, []int, error) {
 	}
 }
 
-// ended tells execve, at which the socket closes, from the stage's end.
-func (j *Jail) ended() error {
+// endMoment bounds the wait for a process that has closed its socket to be reaped.
+const endMoment = time.Second
+
+// endedEarly says why the stage ended without a word.
+func (j *Jail) endedEarly() error {
 	select {
 	case <-j.exited:
-		return fmt.Errorf("the jail's process ended: %w: %s", j.exitErr, strings.TrimSpace(j.errOut.text()))
-	default:
-		return io.EOF
+		return fmt.Errorf("the jail's process ended: %v %s", j.exitErr, strings.TrimSpace(j.errOut.text()))
+	case <-time.After(endMoment):
+		return errors.New("the jail's process says nothing")
 	}
 }
 

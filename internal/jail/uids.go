@@ -2,6 +2,7 @@ package jail
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -12,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ironclaw-run/ironclaw/internal/filelock"
+	"github.com/ironclaw-run/ironclaw/internal/firewall"
 )
 
 // The users that root runs VMMs as, one each. The range is in what systemd leaves
@@ -30,6 +32,16 @@ const uidDir = "/run/ironclaw/uids"
 type uid struct {
 	number int
 	lock   *os.File
+}
+
+// OwnUsers reports whether VMMs of this process run as users of their own, and not in user
+// namespaces.
+func OwnUsers() bool { return ownsUIDs() }
+
+// RemoveGuard takes the guard out of this network namespace: to show what it stops, in one that was
+// made for that. The next Prepare puts it back.
+func RemoveGuard(ctx context.Context) error {
+	return firewall.RemoveGuard(ctx, firstUID, lastUID, firewall.Options{})
 }
 
 // ownsUIDs reports whether this process can become the users of the range: it is

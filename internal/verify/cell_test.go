@@ -41,7 +41,7 @@ func (c testCell) Facts() CellFacts     { return CellFacts{} }
 func (c testCell) Report() layer.Report { return nil }
 func (c testCell) Close() error         { return nil }
 
-func (c testCell) Run(ctx context.Context, args ...string) ([]byte, error) {
+func (c testCell) Run(ctx context.Context, r probe.Request) ([]byte, error) {
 	sys := &syscall.SysProcAttr{
 		Cloneflags: syscall.CLONE_NEWUSER | syscall.CLONE_NEWNS | syscall.CLONE_NEWIPC | syscall.CLONE_NEWUTS,
 		Pdeathsig:  syscall.SIGKILL,
@@ -53,7 +53,7 @@ func (c testCell) Run(ctx context.Context, args ...string) ([]byte, error) {
 	}
 	sys.UidMappings = []syscall.SysProcIDMap{{ContainerID: id, HostID: os.Geteuid(), Size: 1}}
 	sys.GidMappings = []syscall.SysProcIDMap{{ContainerID: id, HostID: os.Getegid(), Size: 1}}
-	cmd := exec.CommandContext(ctx, name, args...)
+	cmd := exec.CommandContext(ctx, name, probe.Name, probe.Line(r))
 	cmd.Path, cmd.Err = name, nil // in the other root
 	cmd.Env, cmd.Dir, cmd.SysProcAttr = []string{}, "/", sys
 	return cmd.Output()
@@ -73,7 +73,7 @@ func TestProbesTellOpenFromClosed(t *testing.T) {
 	}
 	t.Cleanup(func() { _ = os.Chmod(root, 0o755) })
 	open, closed := testCell{program: bin}, testCell{bin, root}
-	if _, err := open.Run(t.Context(), probe.Name, "[]"); err != nil {
+	if _, err := open.Run(t.Context(), probe.Request{Attack: "privilege.root"}); err != nil {
 		testenv.Skip(t, "needs user namespaces: "+err.Error())
 	}
 	tcp, err := net.Listen("tcp", "127.0.0.1:0")
@@ -150,7 +150,7 @@ func TestInCell(t *testing.T) {
 
 type scriptCell string
 
-func (s scriptCell) Run(ctx context.Context, _ ...string) ([]byte, error) {
+func (s scriptCell) Run(ctx context.Context, _ probe.Request) ([]byte, error) {
 	return exec.CommandContext(ctx, "sh", "-c", string(s)).Output()
 }
 func (scriptCell) Facts() CellFacts     { return CellFacts{} }

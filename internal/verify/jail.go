@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -18,10 +19,10 @@ import (
 
 // Cell is a jail as the VMM has it, with this program in the VMM's place.
 type Cell interface {
-	// Run starts the program with these arguments in the jail and returns what it
-	// wrote to its standard output. An *exec.ExitError tells how it ended. Each
-	// call makes a jail of its own.
-	Run(ctx context.Context, args ...string) (stdout []byte, err error)
+	// Run makes the attack in the jail and returns what the attacker wrote to its
+	// standard output. An *exec.ExitError tells how it ended. Each call makes a jail
+	// of its own.
+	Run(ctx context.Context, r probe.Request) (stdout []byte, err error)
 	// Facts are what the jail was made with, for attacks to look beyond.
 	Facts() CellFacts
 	// Report is how the layers of the jail stand, read from the kernel.
@@ -47,9 +48,6 @@ func abstractName() string { return "ironclaw-verify-" + strconv.Itoa(os.Getpid(
 func jailAttacks() []Attack {
 	var all []Attack
 	for _, c := range jailCases() {
-		if c.args == nil {
-			c.args = words()
-		}
 		all = append(all, Attack{
 			Group: Jail, Layer: string(c.layer), Name: c.name, Expected: c.expected,
 			run: func(ctx context.Context, e *env) (Finding, error) {
@@ -59,7 +57,7 @@ func jailAttacks() []Attack {
 				if c.alone {
 					return e.inCellWithout(ctx, c, c.also...)
 				}
-				return inCell(ctx, e.cell, probe.Request{Attack: c.attack, Args: c.args(e)})
+				return inCell(ctx, e.cell, c.request(e, e.cell))
 			},
 			control: func(ctx context.Context, e *env) (Finding, error) { return e.withoutLayer(ctx, c) },
 		})
@@ -111,12 +109,29 @@ func (e *env) inCellWithout(ctx context.Context, c jailCase, layers ...layer.Nam
 		return Finding{}, err
 	}
 	defer cell.Close()
-	return inCell(ctx, cell, probe.Request{Attack: c.attack, Args: c.args(e)})
+	return inCell(ctx, cell, c.request(e, cell))
+}
+
+// request is the attack on a cell.
+func (c *jailCase) request(e *env, cell Cell) probe.Request {
+	r := probe.Request{Attack: c.attack}
+	if c.held != "" && heldOtherwise(e.cell.Report(), c.layer) {
+		r.Attack = c.held
+	}
+	if c.args != nil {
+		r.Args = c.args(e, cell.Facts())
+	}
+	return r
+}
+
+// heldOtherwise reports whether another mechanism stands in for a layer.
+func heldOtherwise(r layer.Report, n layer.Name) bool {
+	return slices.ContainsFunc(r, func(s layer.Status) bool { return s.Layer == n && s.State == layer.Held })
 }
 
 // inCell makes an attack in a jail. To be killed for it is one way to be refused.
 func inCell(ctx context.Context, cell Cell, r probe.Request) (Finding, error) {
-	out, err := cell.Run(ctx, probe.Name, probe.Line(r))
+	out, err := cell.Run(ctx, r)
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
 		ws, ok := exit.Sys().(syscall.WaitStatus)

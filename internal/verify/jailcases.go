@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strconv"
 
+	"github.com/ironclaw-run/ironclaw/internal/jail"
 	"github.com/ironclaw-run/ironclaw/internal/layer"
 	"github.com/ironclaw-run/ironclaw/internal/verify/testnet"
 )
@@ -17,132 +18,200 @@ var hostPaths = []string{
 	"/run/docker.sock", "/var/run/docker.sock", "/run/containerd", "/run/systemd", "../../../../../../etc/passwd",
 }
 
-// jailCase is one attack from the VMM's place. args make the probe's arguments.
+// jailCase is one attack from the VMM's place.
 type jailCase struct {
-	layer                  layer.Name
+	layer                  layer.Name // that is to stop it
 	name, attack, expected string
-	args                   func(e *env) []string
+	args                   arguments    // of the probe; nil means none
 	also                   []layer.Name // other layers that stop it: the control goes without them, too
+	alone                  bool         // the attack, too, is made without them: it shows what the layer does alone
+	held                   string       // the attack where another mechanism stands in for the layer; "" means the same
 	noControl              string       // why it is not made without the layer
-	alone                  bool         // the attack, too, is made without also: it shows what this layer does alone
+	root                   bool         // only where VMMs have users of their own
 }
+
+// arguments make a probe's arguments for a cell.
+type arguments func(e *env, f CellFacts) []string
+
+func words(w ...string) arguments { return func(*env, CellFacts) []string { return w } }
 
 // Layers that stop the same: each would be enough.
 var (
-	nearSockets   = []layer.Name{layer.Seccomp, layer.Network, layer.Firewall}
-	nearFiles     = []layer.Name{layer.Mounts, layer.Landlock, layer.User}
-	nearProcesses = []layer.Name{layer.Processes, layer.Seccomp, layer.User, layer.Capabilities, layer.Mounts}
-	nearRights    = []layer.Name{layer.Capabilities, layer.Seccomp, layer.User, layer.NoNewPrivs}
+	nearFiles     = []layer.Name{layer.Mounts, layer.Landlock, layer.User, layer.Seccomp}
+	nearProcesses = []layer.Name{layer.Processes, layer.Seccomp, layer.User, layer.Capabilities, layer.Mounts, layer.Landlock}
+	nearSockets   = []layer.Name{layer.Seccomp, layer.Network, layer.Firewall, layer.Guard, layer.Landlock}
+	nearRights    = []layer.Name{layer.Capabilities, layer.Seccomp, layer.User, layer.NoNewPrivs, layer.Landlock}
 	nearMounts    = []layer.Name{layer.Capabilities, layer.Seccomp, layer.User, layer.Landlock, layer.Mounts}
 )
 
 // tooHarmful is why some attacks are not made without their layer.
 const tooHarmful = "it would be made on this host itself"
 
-func words(w ...string) func(*env) []string { return func(*env) []string { return w } }
-
-// jailCases are all attacks from the VMM's place.
+// jailCases are all attacks from the VMM's place that this user can make.
 func jailCases() []jailCase {
-	return slices.Concat(fileCases(), processCases(), socketCases(), privilegeCases(), limitCases(), aloneCases())
+	all := slices.Concat(fileCases(), processCases(), socketCases(), privilegeCases(), kernelCases(), limitCases(), aloneCases())
+	return slices.DeleteFunc(all, func(c jailCase) bool { return c.root && !jail.OwnUsers() })
 }
 
 func fileCases() []jailCase {
-	image := func(e *env) []string { return []string{e.cell.Facts().Image} }
+	image := func(_ *env, f CellFacts) []string { return []string{f.Image} }
+	refused := func(n layer.Name, name, attack, expected string, args arguments) jailCase {
+		return jailCase{layer: n, name: name, attack: attack, expected: expected, args: args, also: nearFiles}
+	}
 	return []jailCase{
-		{layer.Mounts, "open files of the host", "file.read", "none is there", func(e *env) []string {
-			return append(hostPaths, e.host.Home, e.dir, filepath.Join(e.host.Home, "run"))
-		}, nearFiles, "", false},
-		{layer.Mounts, "find more in the root than was put there", "file.list", "only the files of the jail", func(e *env) []string {
-			return append([]string{"/"}, e.cell.Facts().Root...)
-		}, nearFiles, "", false},
-		{layer.Mounts, "create files", "file.create", "refused", words("/", "/dev", "/proc", "/tmp", "/run", "/usr", "/etc", "/lib"), nearFiles, "", false},
-		{layer.Mounts, "change the image", "file.change", "refused", image, nearFiles, "", false},
-		{layer.Landlock, "create files where the mounts are writable", "file.create", "refused", words("/", "/tmp", "/dev", "/dev/shm"), nearFiles, "", false},
+		refused(layer.Mounts, "open files of the host", "file.read", "none is there", func(e *env, _ CellFacts) []string {
+			return append(slices.Clone(hostPaths), e.host.Home, e.dir, filepath.Join(e.host.Home, "run"))
+		}),
+		refused(layer.Mounts, "find more in the root than was put there", "file.list", "only the files of the jail", func(_ *env, f CellFacts) []string {
+			return append([]string{"/"}, f.Root...)
+		}),
+		refused(layer.Mounts, "create files", "file.create", "refused", func(e *env, _ CellFacts) []string {
+			return []string{"/", "/dev", "/proc", "/tmp", "/run", "/usr", "/etc", "/lib", e.dir}
+		}),
+		refused(layer.Mounts, "change the image", "file.change", "refused", image),
 	}
 }
 
 func processCases() []jailCase {
-	supervisor := func(*env) []string { return []string{strconv.Itoa(os.Getpid()), strconv.Itoa(os.Getppid()), "1"} }
+	supervisor := func(*env, CellFacts) []string {
+		return []string{strconv.Itoa(os.Getpid()), strconv.Itoa(os.Getppid()), "1"}
+	}
+	refused := func(name, attack string, args arguments) jailCase {
+		return jailCase{layer: layer.Processes, name: name, attack: attack, expected: "refused", args: args, also: nearProcesses}
+	}
 	return []jailCase{
-		{layer.Processes, "see another process", "process.see", "none", words("65536"), nearProcesses, "", false},
-		{layer.Processes, "signal all processes", "process.all", "refused", nil, nearProcesses, "", false},
-		{layer.Processes, "trace the supervisor", "process.trace", "refused", supervisor, nearProcesses, "", false},
-		{layer.Processes, "read the supervisor's memory", "process.read", "refused", supervisor, nearProcesses, "", false},
-		{layer.Processes, "open the supervisor", "process.pidfd", "refused", supervisor, nearProcesses, "", false},
-		{layer.Processes, "enter the supervisor's namespaces", "process.enter", "refused", supervisor, nearProcesses, "", false},
+		refused("see another process", "process.see", words("65536")),
+		refused("signal all processes", "process.all", nil),
+		refused("trace the supervisor", "process.trace", supervisor),
+		refused("read the supervisor's memory", "process.read", supervisor),
+		refused("open the supervisor", "process.pidfd", supervisor),
+		refused("enter the supervisor's namespaces", "process.enter", supervisor),
 	}
 }
 
 func socketCases() []jailCase {
+	refused := func(n layer.Name, name, attack string, args arguments, also ...layer.Name) jailCase {
+		return jailCase{layer: n, name: name, attack: attack, expected: "refused", args: args, also: append(also, nearSockets...)}
+	}
 	return []jailCase{
-		{layer.Network, "connect to a LAN", "net.tcp", "refused", words(testnet.LAN[0] + ":" + testnet.Port), nearSockets, "", false},
-		{layer.Network, "connect to the host's loopback", "net.tcp", "refused", words(testnet.Loopback[0] + ":" + testnet.Port), nearSockets, "", false},
-		{layer.Network, "connect to the metadata address", "net.tcp", "refused", words(testnet.Metadata[0] + ":" + testnet.HTTPPort), nearSockets, "", false},
-		{layer.Network, "connect to an abstract Unix socket of the host", "net.unix", "refused", words("@" + abstractName()), nearSockets, "", false},
-		{layer.Mounts, "connect to a Unix socket of the host", "net.unix", "refused", func(e *env) []string {
+		refused(layer.Network, "connect to a LAN", "net.tcp", words(testnet.LAN[0]+":"+testnet.Port)),
+		refused(layer.Network, "connect to the host's loopback", "net.tcp", words(testnet.Loopback[0]+":"+testnet.Port)),
+		refused(layer.Network, "connect to the metadata address", "net.tcp", words(testnet.Metadata[0]+":"+testnet.HTTPPort)),
+		refused(layer.Network, "connect to an abstract Unix socket of the host", "net.unix", words("@"+abstractName())),
+		refused(layer.Mounts, "connect to a Unix socket of the host", "net.unix", func(e *env, _ CellFacts) []string {
 			return []string{filepath.Join(e.dir, "socket"), "/run/docker.sock", "/run/dbus/system_bus_socket"}
-		}, slices.Concat(nearSockets, nearFiles), "", false},
-		{layer.Seccomp, "open sockets", "net.socket", "refused", words("inet", "inet udp", "inet raw", "inet6", "netlink", "packet", "vsock", "alg", "bluetooth", "can", "tipc", "xdp", "key", "rds"), nearSockets, "", false},
+		}, nearFiles...),
+		refused(layer.Seccomp, "open sockets", "net.socket",
+			words("inet", "inet udp", "inet raw", "inet6", "netlink", "packet", "vsock", "alg", "bluetooth", "can", "tipc", "xdp", "key", "rds")),
 	}
 }
 
 func privilegeCases() []jailCase {
+	refused := func(n layer.Name, name, attack string, args arguments, also ...layer.Name) jailCase {
+		return jailCase{layer: n, name: name, attack: attack, expected: "refused", args: args, also: also}
+	}
 	return []jailCase{
-		{layer.Capabilities, "have or get capabilities", "privilege.held", "none", nil, nearRights, "", false},
-		{layer.Capabilities, "take a capability", "privilege.capset", "refused", nil, nearRights, "", false},
-		{layer.User, "become another user", "privilege.setuid", "refused", nil, nearRights, "", false},
-		{layer.NoNewPrivs, "go without no_new_privs", "privilege.nnp", "refused", nil, nil, "", false},
-		{layer.Seccomp, "run without a filter of system calls", "privilege.seccomp", "one is on", nil, nil, "", false},
-		{layer.Seccomp, "make namespaces", "privilege.unshare", "refused", words("user", "mnt", "net", "pid", "ipc", "uts", "cgroup"), nearRights, "", false},
-		{layer.Capabilities, "mount a file system", "privilege.mount", "refused", nil, nearMounts, "", false},
-		{layer.Capabilities, "make the root writable", "privilege.remount", "refused", nil, nearMounts, "", false},
-		{layer.Capabilities, "change the root", "privilege.chroot", "refused", nil, nearMounts, "", false},
-		{layer.Capabilities, "pivot the root", "privilege.pivot", "refused", nil, nearMounts, "", false},
-		{layer.Capabilities, "make device nodes", "privilege.mknod", "refused", nil, nearMounts, "", false},
-		{layer.Capabilities, "load a kernel module", "privilege.module", "refused", nil, nil, tooHarmful, false},
-		{layer.Capabilities, "boot another kernel (kexec)", "privilege.kexec", "refused", nil, nil, tooHarmful, false},
-		{layer.Capabilities, "restart the host", "privilege.reboot", "refused", nil, nil, tooHarmful, false},
-		{layer.Capabilities, "set the clock", "privilege.clock", "refused", nil, nil, tooHarmful, false},
-		{layer.Capabilities, "set the host name", "privilege.hostname", "refused", nil, nil, tooHarmful, false},
-		{layer.Capabilities, "turn swap off", "privilege.swap", "refused", nil, nil, tooHarmful, false},
-		{layer.Capabilities, "open files by handle", "privilege.handle", "refused", nil, nearRights, "", false},
-		{layer.Seccomp, "load BPF", "privilege.bpf", "refused", nil, nearRights, "", false},
-		{layer.Seccomp, "use perf events", "privilege.perf", "refused", nil, nearRights, "", false},
-		{layer.Seccomp, "use the kernel's keyrings", "privilege.keys", "refused", nil, nearRights, "", false},
-		{layer.Seccomp, "set up io_uring", "privilege.uring", "refused", nil, nil, "", false},
-		{layer.Seccomp, "use userfaultfd", "privilege.userfault", "refused", nil, nil, "", false},
-		{layer.Seccomp, "ask to be traced", "process.traceme", "refused", nil, nil, "", false},
-		{layer.Seccomp, "change the personality", "privilege.personality", "refused", nil, nil, "", false},
-		{layer.Seccomp, "start a program", "privilege.exec", "refused", func(e *env) []string { return []string{"/proc/self/exe", e.cell.Facts().Exe} }, nil, "", false},
+		refused(layer.Capabilities, "have or get capabilities", "privilege.held", nil, nearRights...),
+		refused(layer.Capabilities, "take a capability", "privilege.capset", nil, nearRights...),
+		refused(layer.User, "become another user", "privilege.setuid", nil, nearRights...),
+		refused(layer.NoNewPrivs, "go without no_new_privs", "privilege.nnp", nil, layer.Seccomp, layer.Landlock),
+		refused(layer.Seccomp, "make namespaces", "privilege.unshare", words("user", "mnt", "net", "pid", "ipc", "uts", "cgroup"), nearRights...),
+		refused(layer.Capabilities, "mount a file system", "privilege.mount", nil, nearMounts...),
+		refused(layer.Capabilities, "make the root writable", "privilege.remount", nil, nearMounts...),
+		refused(layer.Capabilities, "change the root", "privilege.chroot", nil, nearMounts...),
+		refused(layer.Capabilities, "pivot the root", "privilege.pivot", nil, nearMounts...),
+		refused(layer.Capabilities, "make device nodes", "privilege.mknod", nil, nearMounts...),
+		refused(layer.Capabilities, "open files by handle", "privilege.handle", nil, nearRights...),
+	}
+}
+
+// kernelCases reach for parts of the kernel that a VMM has no business with.
+func kernelCases() []jailCase {
+	refused := func(n layer.Name, name, attack string, also ...layer.Name) jailCase {
+		return jailCase{layer: n, name: name, attack: attack, expected: "refused", also: also}
+	}
+	harmful := func(name, attack string) jailCase {
+		return jailCase{layer: layer.Capabilities, name: name, attack: attack, expected: "refused", noControl: tooHarmful}
+	}
+	start := refused(layer.Seccomp, "start a program", "privilege.exec")
+	start.args = func(_ *env, f CellFacts) []string { return []string{"/proc/self/exe", f.Exe} }
+	return []jailCase{
+		harmful("load a kernel module", "privilege.module"),
+		harmful("boot another kernel (kexec)", "privilege.kexec"),
+		harmful("restart the host", "privilege.reboot"),
+		harmful("set the clock", "privilege.clock"),
+		harmful("set the host name", "privilege.hostname"),
+		harmful("turn swap off", "privilege.swap"),
+		refused(layer.Seccomp, "run without a filter of system calls", "privilege.seccomp"),
+		refused(layer.Seccomp, "load BPF", "privilege.bpf", nearRights...),
+		refused(layer.Seccomp, "use perf events", "privilege.perf", nearRights...),
+		refused(layer.Seccomp, "use the kernel's keyrings", "privilege.keys", nearRights...),
+		refused(layer.Seccomp, "set up io_uring", "privilege.uring", append(nearRights, layer.Rlimits)...),
+		refused(layer.Seccomp, "use userfaultfd", "privilege.userfault", nearRights...),
+		refused(layer.Seccomp, "ask to be traced", "process.traceme"),
+		refused(layer.Seccomp, "change the personality", "privilege.personality"),
+		start,
 	}
 }
 
 func limitCases() []jailCase {
-	plus := func(get func(CellFacts) int64, more int64) func(*env) []string {
-		return func(e *env) []string { return []string{strconv.FormatInt(get(e.cell.Facts())+more, 10)} }
+	plus := func(get func(CellFacts) int64, more int64) arguments {
+		return func(_ *env, f CellFacts) []string { return []string{strconv.FormatInt(get(f)+more, 10)} }
 	}
+	files := plus(func(f CellFacts) int64 { return f.Files }, 1)
+	pids := plus(func(f CellFacts) int64 { return f.Pids }, 1)
+	memory := plus(func(f CellFacts) int64 { return f.Memory }, 64<<20)
 	return []jailCase{
-		{layer.Rlimits, "raise limits", "privilege.rlimits", "refused", nil, nil, "", false},
-		{layer.Rlimits, "open descriptors without end", "limit.files", "stopped", plus(func(f CellFacts) int64 { return f.Files }, 1), nil, "", false},
-		{layer.Rlimits, "write a core file", "limit.core", "none", nil, nil, "", false},
-		{layer.Rlimits, "write a large file", "limit.filesize", "stopped", words(strconv.Itoa(64<<20), "/", "/tmp", "/dev/shm"), nil, "", false},
-		{layer.Cgroup, "multiply processes without end", "limit.processes", "stopped", plus(func(f CellFacts) int64 { return f.Pids }, 1), nil, "", false},
-		{layer.Cgroup, "use memory without end", "limit.memory", "killed", plus(func(f CellFacts) int64 { return f.Memory }, 64<<20), nil, "", false},
-		{layer.Cgroup, "use all processors", "limit.cpu", "its share", func(e *env) []string {
-			return []string{"1500", strconv.FormatInt(e.cell.Facts().CPU*5/4, 10)} // a quarter for the bound's period
-		}, nil, "", false},
+		{layer: layer.Rlimits, name: "raise limits", attack: "privilege.rlimits", expected: "refused", also: []layer.Name{layer.Seccomp}},
+		{layer: layer.Rlimits, name: "open descriptors without end", attack: "limit.files", expected: "stopped", args: files},
+		{layer: layer.Rlimits, name: "write a core file", attack: "limit.core", expected: "none", also: []layer.Name{layer.Seccomp, layer.User}},
+		{layer: layer.Rlimits, name: "write a large file", attack: "limit.filesize", expected: "stopped", also: nearFiles,
+			args: func(e *env, _ CellFacts) []string {
+				return []string{strconv.Itoa(64 << 20), "/", "/tmp", "/dev/shm", e.dir}
+			}},
+		{layer: layer.Cgroup, name: "multiply processes without end", attack: "limit.processes", expected: "stopped", args: pids,
+			also: []layer.Name{layer.Rlimits}},
+		{layer: layer.Cgroup, name: "use memory without end", attack: "limit.memory", expected: "killed", args: memory},
+		{layer: layer.Cgroup, name: "use all processors", attack: "limit.cpu", held: "limit.processor", expected: "its share",
+			also: []layer.Name{layer.Seccomp}, args: cpuArguments},
 	}
+}
+
+// cpuArguments are how long to burn and what may be used of one processor, or, where that is
+// bounded by affinity, on how many to run.
+func cpuArguments(e *env, f CellFacts) []string {
+	if heldOtherwise(e.cell.Report(), layer.Cgroup) {
+		return []string{strconv.FormatInt(f.CPU/100, 10)}
+	}
+	return []string{"1500", strconv.FormatInt(f.CPU*2, 10)} // as much again for the bound's period
 }
 
 // aloneCases show for each layer what it stops when nothing else does, and that without it, and
 // only it, the same attack works.
 func aloneCases() []jailCase {
-	one := func(n layer.Name, name, attack string, args func(*env) []string, also ...layer.Name) jailCase {
-		return jailCase{n, name + ", and no other layer stops it", attack, "stopped", args, also, "", true}
+	one := func(n layer.Name, name, attack string, args arguments, also ...layer.Name) jailCase {
+		return jailCase{layer: n, name: name + ", which nothing else stops", attack: attack, expected: "stopped", args: args, also: also, alone: true}
+	}
+	asRoot := func(c jailCase) jailCase {
+		c.root = true
+		return c
+	}
+	var user []layer.Name // has no capabilities, if it is not root
+	if jail.OwnUsers() {
+		user = []layer.Name{layer.User}
 	}
 	return []jailCase{
-		one(layer.User, "be root", "privilege.root", nil),
+		asRoot(one(layer.User, "be root", "privilege.root", nil)),
 		one(layer.Mounts, "open files of the host", "file.read", words("/etc/passwd"), layer.Landlock),
+		one(layer.Network, "connect to the host", "net.tcp", words(testnet.Loopback[0]+":"+testnet.Port), layer.Seccomp, layer.Firewall, layer.Guard, layer.Landlock),
+		one(layer.Firewall, "send packets over the loopback", "net.self", nil, append(user, layer.Seccomp, layer.Capabilities, layer.Landlock)...),
+		asRoot(one(layer.Guard, "connect to a LAN", "net.tcp", words(testnet.LAN[0]+":"+testnet.Port), layer.Seccomp, layer.Network, layer.Firewall, layer.Landlock)),
+		one(layer.Processes, "see another process", "process.see", words("65536"), layer.Seccomp),
+		one(layer.Namespaces, "learn the host's name", "privilege.nodename", words("jail")),
+		one(layer.Capabilities, "have or get capabilities", "privilege.held", nil, append(user, layer.Seccomp)...),
+		one(layer.NoNewPrivs, "go without no_new_privs", "privilege.nnp", nil, layer.Seccomp, layer.Landlock),
+		one(layer.Seccomp, "open a socket", "net.socket", words("inet")),
+		one(layer.Rlimits, "open descriptors without end", "limit.files", words("1000")),
 		one(layer.Landlock, "open files of the host", "file.read", words("/etc/passwd"), layer.Mounts),
 	}
 }

@@ -11,6 +11,7 @@ import (
 
 	"github.com/ironclaw-run/ironclaw/internal/jail"
 	"github.com/ironclaw-run/ironclaw/internal/layer"
+	"github.com/ironclaw-run/ironclaw/internal/verify/probe"
 )
 
 // Where a jail has the attacker and what stands for the image.
@@ -21,6 +22,9 @@ const (
 
 // cellMemory bounds an attacker's memory, bytes.
 const cellMemory = 192 << 20
+
+// cellPercent bounds its processor time, so low that also on a busy host it would get more.
+const cellPercent = 10
 
 // maxSaid bounds what is kept of what an attacker says, bytes.
 const maxSaid = 1 << 20
@@ -35,6 +39,11 @@ type jailCell struct {
 
 // newJailCell makes a cell of this program. dir is for what it needs on the host.
 func newJailCell(ctx context.Context, program, dir string, without layer.Set) (Cell, error) {
+	if without.Has(layer.Guard) && Inside() { // it is there for all jails of a namespace
+		if err := jail.RemoveGuard(ctx); err != nil {
+			return nil, err
+		}
+	}
 	report, errs := jail.Check(ctx, without)
 	if len(errs) > 0 {
 		return nil, errors.Join(errs...)
@@ -51,7 +60,7 @@ func newJailCell(ctx context.Context, program, dir string, without layer.Set) (C
 		return nil, err
 	}
 	return &jailCell{
-		opts:  jail.Options{ID: "verify", CPUs: 1, Memory: cellMemory, Disk: dir, Without: without},
+		opts:  jail.Options{ID: "verify", CPUs: 1, Percent: cellPercent, Memory: cellMemory, Disk: dir, Without: without},
 		image: image.Name(), report: report,
 		files: []jail.File{{Host: program, Inside: insideProgram}, {Host: image.Name(), Inside: insideImage}},
 	}, nil
@@ -78,38 +87,37 @@ func (c *jailCell) Report() layer.Report { return c.report }
 
 func (c *jailCell) Close() error { return os.Remove(c.image) }
 
-func (c *jailCell) Run(ctx context.Context, args ...string) ([]byte, error) {
+func (c *jailCell) Run(ctx context.Context, r probe.Request) ([]byte, error) {
 	j, err := jail.Prepare(ctx, c.opts)
 	if err != nil {
 		return nil, err
 	}
 	defer j.Close()
 	var out limited
+	theirs, ours, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	defer ours.Close()
 	p, err := j.Start(ctx, jail.Program{
-		Path: j.Path(c.files[0].Host, insideProgram), Args: args, Files: c.files, Stdout: &out, Stderr: io.Discard,
+		Path: j.Path(c.files[0].Host, insideProgram), Args: []string{probe.Name, probe.Line(probe.Request{Attack: probe.Await}, r)},
+		Files: c.files, Descriptors: []*os.File{theirs}, Stdout: &out, Stderr: io.Discard,
 	})
+	theirs.Close()
 	if err != nil {
 		return nil, fmt.Errorf("put the attacker in a jail: %w", err)
 	}
 	defer p.Close()
-	if _, err := p.Verify(1); err != nil && !ended(p) {
+	if _, err := p.Verify(1); err != nil {
 		return nil, err
 	}
+	p.Seal()
+	ours.Close() // go on
 	select {
 	case <-p.Exited():
 		return out.b.Bytes(), p.Err()
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
-	}
-}
-
-// ended reports whether the attacker was done before it could be looked at.
-func ended(p *jail.Process) bool {
-	select {
-	case <-p.Exited():
-		return true
-	default:
-		return false
 	}
 }
 

@@ -74,7 +74,8 @@ func floodProcesses(args []string) (Outcome, string) {
 	var alive []int
 	why := errors.New("no end was reached")
 	for end := time.Now().Add(duration(args)); time.Now().Before(end); {
-		pids, err := forkMany(int(most) - len(alive))
+		pids, end, err := forkMany(int(most) - len(alive))
+		defer end()
 		alive = append(alive, pids...)
 		if err == nil {
 			break
@@ -166,7 +167,7 @@ func undying([]string) (Outcome, string) {
 	_ = os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0)
 	_, _ = unix.Setsid()
 	_ = unix.Mlockall(unix.MCL_CURRENT)
-	pids, _ := forkMany(64)
+	pids, _, _ := forkMany(64) // they end with it
 	if _, err := fmt.Fprintf(os.Stdout, "up %d\n", len(pids)); err != nil {
 		return Unknown, err.Error()
 	}

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -17,6 +18,7 @@ var limitAttacks = map[string]attack{
 	"limit.core":      limitCore,
 	"limit.memory":    limitMemory,
 	"limit.cpu":       limitCPU,
+	"limit.processor": limitProcessors,
 }
 
 func number(args []string, i int) (int64, error) {
@@ -32,32 +34,42 @@ func limitProcesses(args []string) (Outcome, string) {
 	if err != nil {
 		return Unknown, err.Error()
 	}
-	pids, err := forkMany(int(n))
+	pids, end, err := forkMany(int(n))
+	end() // they could not be killed where signals are refused
 	for _, pid := range pids {
-		_ = unix.Kill(pid, unix.SIGKILL)
 		_, _ = unix.Wait4(pid, nil, 0, nil)
 	}
 	return tried(fmt.Sprintf("%d processes", len(pids)), err)
 }
 
-// forkMany makes processes that do nothing. They are forks of this one that never
-// return to Go: one of them costs a few pages, so what gives out first is the
-// number.
-func forkMany(n int) ([]int, error) {
-	var pids []int
+// forkMany makes processes that do nothing until end is called. They are forks of
+// this one that never return to Go: one of them costs a few pages, so what gives out
+// first is the number.
+func forkMany(n int) (pids []int, end func(), err error) {
+	var pipe [2]int
+	if err := unix.Pipe2(pipe[:], 0); err != nil {
+		return nil, func() {}, err
+	}
+	end = func() {
+		unix.Close(pipe[1])
+		unix.Close(pipe[0])
+	}
+	var b [1]byte
 	for range n {
 		pid, _, errno := unix.RawSyscall6(unix.SYS_CLONE, uintptr(unix.SIGCHLD), 0, 0, 0, 0, 0)
 		if errno != 0 {
-			return pids, errno
+			return pids, end, errno
 		}
-		if pid == 0 {
+		if pid == 0 { // until nobody has the writing end any more
+			unix.RawSyscall(unix.SYS_CLOSE, uintptr(pipe[1]), 0, 0)
+			unix.RawSyscall(unix.SYS_READ, uintptr(pipe[0]), uintptr(unsafe.Pointer(&b[0])), 1)
 			for {
-				unix.RawSyscall6(unix.SYS_PPOLL, 0, 0, 0, 0, 0, 0)
+				unix.RawSyscall(unix.SYS_EXIT_GROUP, 0, 0, 0)
 			}
 		}
 		pids = append(pids, int(pid))
 	}
-	return pids, nil
+	return pids, end, nil
 }
 
 // limitFiles N: opens files until it may not, or N of them, which works.
@@ -160,4 +172,24 @@ func limitCPU(args []string) (Outcome, string) {
 		return Worked, fmt.Sprintf("%d %% of a processor", share)
 	}
 	return Refused, fmt.Sprintf("%d %% of a processor", share)
+}
+
+// limitProcessors N: asks to run on all processors; it works if it may on more than N.
+func limitProcessors(args []string) (Outcome, string) {
+	most, err := number(args, 0)
+	if err != nil {
+		return Unknown, err.Error()
+	}
+	var all unix.CPUSet
+	for i := range len(all) * 64 {
+		all.Set(i)
+	}
+	asked := unix.SchedSetaffinity(0, &all)
+	if err := unix.SchedGetaffinity(0, &all); err != nil {
+		return Unknown, err.Error()
+	}
+	if n := all.Count(); int64(n) > most {
+		return Worked, fmt.Sprintf("%d processors", n)
+	}
+	return Refused, fmt.Sprintf("%d processors, sched_setaffinity: %s", all.Count(), errnoName(asked))
 }

@@ -29,6 +29,7 @@ var netAttacks = map[string]attack{
 	"net.socket":     socketFamilies,
 	"net.unix":       unixConnect,
 	"net.netlink":    netlinkAddress,
+	"net.self":       toSelf,
 	"net.serve":      serve,
 }
 
@@ -341,4 +342,36 @@ func as4(a netip.Addr) [4]byte {
 		return a.Unmap().As4()
 	}
 	return [4]byte{}
+}
+
+// toSelf: brings its loopback up and sends itself a packet over it.
+func toSelf([]string) (Outcome, string) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return tried("socket", err)
+	}
+	defer unix.Close(fd)
+	ifr, err := unix.NewIfreq("lo")
+	if err != nil {
+		return Unknown, err.Error()
+	}
+	ifr.SetUint16(unix.IFF_UP | unix.IFF_RUNNING)
+	if err := unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, ifr); err != nil {
+		return tried("bring the loopback up", err)
+	}
+	if err := unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		return tried("bind", err)
+	}
+	self, err := unix.Getsockname(fd)
+	if err != nil {
+		return Unknown, err.Error()
+	}
+	if err := unix.Sendto(fd, []byte("x"), 0, self); err != nil {
+		return tried("send", err)
+	}
+	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	if n, err := unix.Poll(fds, 1000); err != nil || n == 0 {
+		return Refused, "sent, and nothing arrived"
+	}
+	return Worked, "a packet to itself arrived"
 }

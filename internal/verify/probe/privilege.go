@@ -36,6 +36,8 @@ var privilegeAttacks = map[string]attack{
 	"privilege.swap":        swapOff,
 	"privilege.handle":      openByHandle,
 	"privilege.rlimits":     raiseLimits,
+	"privilege.root":        isRoot,
+	"privilege.nodename":    nodeName,
 }
 
 // capset: takes all capabilities.
@@ -52,7 +54,7 @@ func capset([]string) (Outcome, string) {
 func capsHeld([]string) (Outcome, string) {
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData
-	if err := unix.Capget(&header, &data[0]); err != nil {
+	if err := unix.Capget(&header, &data[0]); err != nil && err != unix.ENOSYS {
 		return Unknown, err.Error()
 	}
 	for _, d := range data {
@@ -204,8 +206,11 @@ func uring([]string) (Outcome, string) {
 	return Worked, "made a ring"
 }
 
+// userModeOnly is UFFD_USER_MODE_ONLY, with which nobody needs a capability.
+const userModeOnly = 1
+
 func userfault([]string) (Outcome, string) {
-	fd, _, errno := unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC, 0, 0)
+	fd, _, errno := unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC|userModeOnly, 0, 0)
 	if errno != 0 {
 		return tried("userfaultfd", errno)
 	}
@@ -308,4 +313,26 @@ func sys6(trap, a, b, c, d uintptr) error {
 		return errno
 	}
 	return nil
+}
+
+// isRoot: looks whether it is root.
+func isRoot([]string) (Outcome, string) {
+	detail := "user " + strconv.Itoa(unix.Geteuid())
+	if unix.Geteuid() == 0 {
+		return Worked, detail
+	}
+	return Refused, detail
+}
+
+// nodeName NAME: looks whether it learns the host's name, which is not NAME.
+func nodeName(args []string) (Outcome, string) {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return Unknown, err.Error()
+	}
+	name := unix.ByteSliceToString(u.Nodename[:])
+	if len(args) == 1 && name == args[0] {
+		return Refused, "it is called " + name
+	}
+	return Worked, "the host is called " + name
 }

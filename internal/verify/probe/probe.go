@@ -71,6 +71,12 @@ func Called(argv []string) (requests string, ok bool) {
 	return "", false
 }
 
+// Await, as the first request, makes the program wait until descriptor 3 is closed at its other
+// end: until who started it has looked at it.
+const Await = "await"
+
+const awaitFD = 3
+
 // Line is the command line's last word for these requests.
 func Line(requests ...Request) string {
 	b, err := json.Marshal(requests)
@@ -110,6 +116,11 @@ func Main(requests string, stdout io.Writer) int {
 		return 2
 	}
 	enc := json.NewEncoder(stdout)
+	if len(list) > 0 && list[0].Attack == Await {
+		var b [1]byte // until nobody has the other end any more
+		_, _ = unix.Read(awaitFD, b[:])
+		list = list[1:]
+	}
 	for _, r := range list {
 		if err := enc.Encode(run(r, timeout)); err != nil {
 			return 2
