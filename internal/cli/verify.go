@@ -121,6 +121,9 @@ func (a *app) verify(ctx context.Context, f verifyFlags, opts verify.Options) er
 		var none *verify.NoNetworkError
 		if !errors.As(err, &none) {
 			a.code = code
+			if err != nil && ctx.Err() != nil {
+				return &saidError{err} // by the one inside
+			}
 			return err
 		}
 		opts.NoNetwork = none

@@ -12,10 +12,13 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ironclaw-run/ironclaw/internal/layer"
 	"github.com/ironclaw-run/ironclaw/internal/sandbox"
 	"github.com/ironclaw-run/ironclaw/internal/verify/probe"
 	"github.com/ironclaw-run/ironclaw/internal/verify/testnet"
+	"github.com/ironclaw-run/ironclaw/internal/vm"
 )
 
 // env is what the attacks share. Sandboxes are made when they are needed and used
@@ -25,6 +28,7 @@ type env struct {
 	host *sandbox.Host
 
 	dir    string // for what attacks put on the host; removed at the end
+	lock   *os.File
 	net    *testnet.Net
 	noNet  error
 	layers layer.Report // of the attacker's sandbox
@@ -33,10 +37,12 @@ type env struct {
 	neighbourBox *sandbox.Sandbox
 	hostileHost  *sandbox.Host
 	cell         Cell
-	listeners    []net.Listener        // that a jail must not reach
-	quiet        map[string]linkResult // of scenarios that are waited for together
-	linkBefore   usage                 // before the first hostile machine
-	imageSum     string                // of the image, before the first attack
+	listeners    []net.Listener // that a jail must not reach
+	accel        vm.Accel       // of hostile machines
+	links        []vm.Link
+	quiet        map[quietKey]linkResult // of scenarios that are waited for together
+	linkBefore   usage                   // before the first hostile machine
+	imageSum     string                  // of the image, before the first attack
 }
 
 // probePath is where the probe is put in a guest.
@@ -53,7 +59,7 @@ func newEnv(ctx context.Context, opts *Options) (_ *env, err error) {
 			e.close()
 		}
 	}()
-	if e.dir, err = os.MkdirTemp("", "ironclaw-verify-"); err != nil {
+	if err := e.makeDir(); err != nil {
 		return nil, err
 	}
 	if e.noNet == nil {
@@ -65,6 +71,41 @@ func newEnv(ctx context.Context, opts *Options) (_ *env, err error) {
 		}
 	}
 	return e, ctx.Err()
+}
+
+const dirPattern = "ironclaw-verify-*"
+
+// makeDir makes the directory for what attacks put on the host. A lock on it tells
+// that it is in use; what a killed process has left is removed.
+func (e *env) makeDir() (err error) {
+	old, _ := filepath.Glob(filepath.Join(os.TempDir(), dirPattern))
+	for _, dir := range old {
+		removeStale(dir)
+	}
+	if e.dir, err = os.MkdirTemp("", dirPattern); err != nil {
+		return err
+	}
+	if e.lock, err = os.Open(e.dir); err != nil {
+		return err
+	}
+	return unix.Flock(int(e.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+}
+
+// removeStale removes a directory of ours that nobody holds, once it is too old to be
+// one that somebody is about to lock.
+func removeStale(dir string) {
+	f, err := os.OpenFile(dir, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return
+	}
+	defer f.Close()
+	var st unix.Stat_t
+	if unix.Fstat(int(f.Fd()), &st) != nil || int(st.Uid) != os.Geteuid() || time.Since(time.Unix(st.Mtim.Unix())) < time.Minute {
+		return
+	}
+	if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
+		_ = os.RemoveAll(dir) // housekeeping: the next one tries again
+	}
 }
 
 func (e *env) close() {
@@ -84,6 +125,9 @@ func (e *env) close() {
 	}
 	if e.dir != "" {
 		_ = os.RemoveAll(e.dir)
+	}
+	if e.lock != nil {
+		_ = e.lock.Close()
 	}
 }
 

@@ -69,32 +69,71 @@ func expected(name string) string {
 	return "refused, nothing is left"
 }
 
+// scenarioRun runs one scenario over one kind of link.
+type scenarioRun func(e *env, ctx context.Context, name string, over vm.Link) linkResult
+
+// runOf is how a scenario is run: by making a machine, or by a command in one.
+func runOf(name string) scenarioRun {
+	if strings.HasPrefix(name, "exec-") {
+		return (*env).execHostile
+	}
+	return (*env).createHostile
+}
+
+func scenarios() []string {
+	return slices.Concat(hostile.MuxScenarios(), hostile.HelloScenarios(), hostile.ExecScenarios())
+}
+
 func linkAttacks() []Attack {
 	var all []Attack
-	for _, set := range []struct {
-		names []string
-		run   func(*env, context.Context, string) linkResult
-	}{
-		{hostile.MuxScenarios(), (*env).createHostile},
-		{hostile.HelloScenarios(), (*env).createHostile},
-		{hostile.ExecScenarios(), (*env).execHostile},
-	} {
-		for _, name := range set.names {
-			all = append(all, Attack{
-				Group: Link, Layer: Protocol, Name: strings.ReplaceAll(name, "-", " "), Expected: expected(name),
-				run: func(ctx context.Context, e *env) (Finding, error) {
-					if slices.Contains(loud, name) {
-						return e.loudly(ctx, name, set.run)
-					}
-					return e.quietly(ctx, name)
-				},
-			})
-		}
+	for _, name := range scenarios() {
+		all = append(all, Attack{
+			Group: Link, Layer: Protocol, Name: strings.ReplaceAll(name, "-", " "), Expected: expected(name),
+			run: func(ctx context.Context, e *env) (Finding, error) { return e.scenario(ctx, name) },
+		})
 	}
 	return append(all, Attack{
 		Group: Link, Layer: Protocol, Name: "leak by any of these", Expected: "goroutines, descriptors, processes as before",
 		run: func(ctx context.Context, e *env) (Finding, error) { return e.linkLeaks(ctx) }, control: leakControl,
 	})
+}
+
+// scenario runs a scenario over each kind of link that it is for. It has worked if
+// it has over one.
+func (e *env) scenario(ctx context.Context, name string) (Finding, error) {
+	if err := e.openHostile(ctx); err != nil {
+		return Finding{}, err
+	}
+	var all Finding
+	over := e.linksFor(name)
+	for i, l := range over {
+		run := e.quietly
+		if slices.Contains(loud, name) {
+			run = e.loudly
+		}
+		f, err := run(ctx, name, l)
+		if err != nil {
+			return Finding{}, fmt.Errorf("link %s: %w", l, err)
+		}
+		if i > 0 {
+			all.Observed += "; "
+		}
+		if len(over) > 1 {
+			all.Observed += string(l) + ": "
+		}
+		all.Observed += f.Observed
+		all.Worked = all.Worked || f.Worked
+	}
+	return all, nil
+}
+
+// linksFor are the links over which a scenario is run: those of the mux have only one
+// to attack.
+func (e *env) linksFor(name string) []vm.Link {
+	if strings.HasPrefix(name, "mux-") {
+		return []vm.Link{vm.LinkSerial}
+	}
+	return e.links
 }
 
 // linkResult is what came of one scenario.
@@ -132,31 +171,39 @@ func (r linkResult) finding(name string) (Finding, error) {
 // protocolEnd reports whether it was the link for which a machine was ended.
 func protocolEnd(e *vm.ExitError) bool { return strings.HasPrefix(e.Reason, link.ErrProtocol.Error()) }
 
-// hostileSandbox is this host with machines that attack it.
-func (e *env) hostileSandbox(ctx context.Context) (*sandbox.Host, sandbox.Options, error) {
-	opts := e.opts.Sandbox
+// openHostile makes this host one with machines that attack it, and the templates
+// that those start from.
+func (e *env) openHostile(ctx context.Context) error {
+	if e.hostileHost != nil {
+		return nil
+	}
 	s, err := e.neighbour(ctx) // which shows what works here
 	if err != nil {
-		return nil, opts, err
+		return err
 	}
 	info := s.Machine().Info()
-	opts.Accel, opts.Link = string(info.Accel), string(info.Link)
-	if e.hostileHost == nil {
-		dir := filepath.Join(e.dir, "hostile")
-		if err := os.Mkdir(dir, 0o700); err != nil {
-			return nil, opts, err
-		}
-		h := e.host.Hostile(dir)
-		opts := opts
-		opts.Name = hostileName(hostile.Exec)
-		s, err := h.Create(ctx, opts) // makes the template
+	e.accel, e.links = info.Accel, slices.Compact([]vm.Link{info.Link, vm.LinkSerial})
+	dir := filepath.Join(e.dir, "hostile")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	h := e.host.Hostile(dir)
+	for _, l := range e.links {
+		s, err := h.Create(ctx, e.hostileOptions(hostile.Exec, l))
 		if err != nil {
-			return nil, opts, fmt.Errorf("make a machine with a hostile agent: %w", err)
+			return fmt.Errorf("make a machine with a hostile agent: %w", err)
 		}
 		_ = s.Close()
-		e.hostileHost, e.linkBefore = h, usageNow()
 	}
-	return e.hostileHost, opts, nil
+	e.hostileHost, e.linkBefore = h, usageNow()
+	return nil
+}
+
+// hostileOptions are those of a machine whose agent knows what to do by its name.
+func (e *env) hostileOptions(scenario string, l vm.Link) sandbox.Options {
+	opts := e.opts.Sandbox
+	opts.Accel, opts.Link, opts.Name = string(e.accel), string(l), hostileName(scenario)
+	return opts
 }
 
 var hostileCount atomic.Int64
@@ -168,18 +215,14 @@ func hostileName(scenario string) string {
 }
 
 // createHostile makes a machine whose agent attacks before the first command.
-func (e *env) createHostile(ctx context.Context, name string) linkResult {
-	h, opts, err := e.hostileSandbox(ctx)
-	if err != nil {
-		return linkResult{setUpErr: err}
-	}
+func (e *env) createHostile(ctx context.Context, name string, over vm.Link) linkResult {
 	reached := false
-	opts.Name = hostileName(name)
+	opts := e.hostileOptions(name, over)
 	opts.OnPhase = func(p sandbox.Phase) { reached = reached || p.Name == "vmm" }
 	call, cancel := context.WithTimeout(ctx, linkDeadline)
 	defer cancel()
 	begun := time.Now()
-	s, err := h.Create(call, opts)
+	s, err := e.hostileHost.Create(call, opts)
 	r := linkResult{err: err, took: time.Since(begun)}
 	r.late = r.took > linkDeadline+linkGrace
 	if s != nil {
@@ -192,13 +235,8 @@ func (e *env) createHostile(ctx context.Context, name string) linkResult {
 }
 
 // execHostile runs a command in a machine whose agent attacks then.
-func (e *env) execHostile(ctx context.Context, name string) linkResult {
-	h, opts, err := e.hostileSandbox(ctx)
-	if err != nil {
-		return linkResult{setUpErr: err}
-	}
-	opts.Name = hostileName(hostile.Exec)
-	s, err := h.Create(ctx, opts)
+func (e *env) execHostile(ctx context.Context, name string, over vm.Link) linkResult {
+	s, err := e.hostileHost.Create(ctx, e.hostileOptions(hostile.Exec, over))
 	if err != nil {
 		return linkResult{setUpErr: err}
 	}
@@ -233,16 +271,12 @@ func (e *env) execHostile(ctx context.Context, name string) linkResult {
 }
 
 // loudly makes one scenario and looks at what it has cost.
-func (e *env) loudly(ctx context.Context, name string, run func(*env, context.Context, string) linkResult) (Finding, error) {
-	if _, _, err := e.hostileSandbox(ctx); err != nil {
-		return Finding{}, err
-	}
+func (e *env) loudly(ctx context.Context, name string, over vm.Link) (Finding, error) {
 	mem, err := watchMemory()
 	if err != nil {
 		return Finding{}, err
 	}
-	r := run(e, ctx, name)
-	f, err := r.finding(name)
+	f, err := runOf(name)(e, ctx, name, over).finding(name)
 	if err != nil {
 		return Finding{}, err
 	}
@@ -260,39 +294,42 @@ const together = 8
 
 // quietly gives the result of a scenario that costs nothing but time. The first
 // call makes all of them.
-func (e *env) quietly(ctx context.Context, name string) (Finding, error) {
+func (e *env) quietly(ctx context.Context, name string, over vm.Link) (Finding, error) {
 	if e.quiet == nil {
-		if _, _, err := e.hostileSandbox(ctx); err != nil {
-			return Finding{}, err
-		}
 		e.quiet = e.allQuiet(ctx)
 	}
-	return e.quiet[name].finding(name)
+	r, ok := e.quiet[quietKey{name, over}]
+	if !ok {
+		return Finding{}, errors.New("it was not made")
+	}
+	return r.finding(name)
 }
 
-func (e *env) allQuiet(ctx context.Context) map[string]linkResult {
-	results := make(map[string]linkResult)
-	var mu sync.Mutex
+type quietKey struct {
+	name string
+	over vm.Link
+}
+
+func (e *env) allQuiet(ctx context.Context) map[quietKey]linkResult {
+	results := make(map[quietKey]linkResult)
+	var mu sync.Mutex // guards results
 	var wg sync.WaitGroup
 	slots := make(chan struct{}, together)
-	start := func(names []string, run func(*env, context.Context, string) linkResult) {
-		for _, name := range names {
-			if slices.Contains(loud, name) {
-				continue
-			}
+	for _, name := range scenarios() {
+		if slices.Contains(loud, name) {
+			continue
+		}
+		for _, l := range e.linksFor(name) {
 			slots <- struct{}{}
 			wg.Go(func() {
 				defer func() { <-slots }()
-				r := run(e, ctx, name)
+				r := runOf(name)(e, ctx, name, l)
 				mu.Lock()
 				defer mu.Unlock()
-				results[name] = r
+				results[quietKey{name, l}] = r
 			})
 		}
 	}
-	start(hostile.MuxScenarios(), (*env).createHostile)
-	start(hostile.HelloScenarios(), (*env).createHostile)
-	start(hostile.ExecScenarios(), (*env).execHostile)
 	wg.Wait()
 	return results
 }
@@ -328,7 +365,7 @@ func settled(ctx context.Context, before usage) usage {
 // linkLeaks compares what this process has with what it had before the first
 // hostile machine.
 func (e *env) linkLeaks(ctx context.Context) (Finding, error) {
-	if _, _, err := e.hostileSandbox(ctx); err != nil {
+	if err := e.openHostile(ctx); err != nil {
 		return Finding{}, err
 	}
 	now := settled(ctx, e.linkBefore)

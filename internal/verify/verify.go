@@ -157,6 +157,7 @@ func Run(ctx context.Context, opts Options) (*Report, error) {
 	}
 	defer e.close()
 	r := &Report{Begun: time.Now()}
+	defer func() { r.Seconds = time.Since(r.Begun).Seconds() }()
 	for _, a := range opts.Attacks() {
 		if err := ctx.Err(); err != nil {
 			return r, context.Cause(ctx)
@@ -169,7 +170,6 @@ func Run(ctx context.Context, opts Options) (*Report, error) {
 		}
 	}
 	e.progress("")
-	r.Seconds = time.Since(r.Begun).Seconds()
 	return r, nil
 }
 

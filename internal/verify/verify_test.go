@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/ironclaw-run/ironclaw/internal/guest/hostile"
 	"github.com/ironclaw-run/ironclaw/internal/layer"
@@ -232,5 +233,38 @@ func TestRemains(t *testing.T) {
 	close(stop)
 	if now := settled(t.Context(), before); now.exceeds(before) {
 		t.Errorf("%v, %v", now, before)
+	}
+}
+
+// What a killed process has left is removed; what is in use, new or not ours to
+// follow is not.
+func TestRemoveStale(t *testing.T) {
+	t.Setenv("TMPDIR", t.TempDir())
+	used := new(env)
+	if err := used.makeDir(); err != nil {
+		t.Fatal(err)
+	}
+	fresh, stale, link := os.TempDir()+"/ironclaw-verify-1", os.TempDir()+"/ironclaw-verify-2", os.TempDir()+"/ironclaw-verify-3"
+	target := t.TempDir()
+	if err := errors.Join(os.Mkdir(fresh, 0o700), os.Mkdir(stale, 0o700), os.Symlink(target, link)); err != nil {
+		t.Fatal(err)
+	}
+	old := time.Now().Add(-time.Hour)
+	if err := errors.Join(os.Chtimes(stale, old, old), os.Chtimes(used.dir, old, old), os.Chtimes(target, old, old)); err != nil {
+		t.Fatal(err)
+	}
+	next := new(env)
+	if err := next.makeDir(); err != nil {
+		t.Fatal(err)
+	}
+	for dir, want := range map[string]bool{used.dir: true, fresh: true, target: true, next.dir: true, stale: false} {
+		if _, err := os.Stat(dir); (err == nil) != want {
+			t.Errorf("%s: %v, want there %v", dir, err, want)
+		}
+	}
+	used.close()
+	next.close()
+	if _, err := os.Stat(used.dir); err == nil {
+		t.Error("close has left its directory")
 	}
 }
