@@ -81,6 +81,32 @@ func (p *place) processes(t *testing.T) map[int]string {
 	return found
 }
 
+// machines are the VMMs of this host and their parents: a VMM in its jail knows
+// nothing of a place.
+func machines(t *testing.T) map[int]int {
+	t.Helper()
+	procs, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := make(map[int]int)
+	for _, proc := range procs {
+		line, err := os.ReadFile(filepath.Join(proc, "cmdline"))
+		if err != nil || !bytes.Contains(line, []byte("\x00microvm,")) {
+			continue
+		}
+		status, err := os.ReadFile(filepath.Join(proc, "status"))
+		_, after, ok := strings.Cut(string(status), "\nPPid:")
+		var parent int
+		if _, scanErr := fmt.Sscan(after, &parent); err != nil || !ok || scanErr != nil {
+			continue // it has ended
+		}
+		pid, _ := strconv.Atoi(filepath.Base(proc))
+		found[pid] = parent
+	}
+	return found
+}
+
 // remains lists what a run could leave: processes, mounts, sockets and files that
 // have to do with the place.
 func (p *place) remains(t *testing.T) []string {
@@ -88,6 +114,11 @@ func (p *place) remains(t *testing.T) []string {
 	var found []string
 	for pid, line := range p.processes(t) {
 		found = append(found, fmt.Sprintf("process %d: %.200q", pid, line))
+	}
+	for pid, parent := range machines(t) {
+		if name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", parent)); err != nil || !bytes.Contains(name, []byte("ironclaw")) && !bytes.Contains(name, []byte(".test")) {
+			found = append(found, fmt.Sprintf("VMM %d, whose parent is %q", pid, name))
+		}
 	}
 	for _, table := range []string{"/proc/self/mountinfo", "/proc/net/unix"} {
 		b, err := os.ReadFile(table)

@@ -87,8 +87,8 @@ func TestVMMKilled(t *testing.T) {
 	before := p.remains(t)
 	cmd, _, stderr := started(t, p, "echo up; sleep 1000")
 	killed := 0
-	for pid, line := range p.processes(t) {
-		if strings.Contains(line, "qemu-system") {
+	for pid, parent := range machines(t) {
+		if parent == cmd.Process.Pid {
 			killed++
 			if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 				t.Fatal(err)

@@ -50,7 +50,18 @@ const tooHarmful = "it would be made on this host itself"
 // jailCases are all attacks from the VMM's place that this user can make.
 func jailCases() []jailCase {
 	all := slices.Concat(fileCases(), processCases(), socketCases(), privilegeCases(), kernelCases(), limitCases(), aloneCases())
-	return slices.DeleteFunc(all, func(c jailCase) bool { return c.root && !jail.OwnUsers() })
+	if jail.OwnUsers() {
+		return all
+	}
+	all = slices.DeleteFunc(all, func(c jailCase) bool { return c.root })
+	for i, c := range all {
+		// Without its user namespace a normal user's jail can have no others.
+		all[i].also = slices.DeleteFunc(slices.Clone(c.also), func(n layer.Name) bool { return n == layer.User })
+		if c.layer == layer.User {
+			all[i].noControl = "a normal user has no other namespaces without it"
+		}
+	}
+	return all
 }
 
 func fileCases() []jailCase {
