@@ -36,7 +36,7 @@ const (
 var loud = []string{
 	"mux-garbage", "mux-zeros", "mux-length", "mux-unknown-stream", "mux-open-flood", "mux-open-foreign", "mux-window",
 	"mux-credit", "mux-opened-twice", "mux-reset", "mux-close-twice", "mux-empty-data",
-	"hello-trailing", "hello-clock", "hello-output", "hello-error",
+	"hello-trailing", "hello-clock", "hello-1g", "exec-1g", "hello-output", "hello-error",
 	"exec-credit", "exec-4g", "exec-output", "exec-output-after-exit", "exec-empty-output", "exec-clock", "exec-error", "exec-error-late",
 }
 

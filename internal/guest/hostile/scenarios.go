@@ -119,6 +119,7 @@ func helloScenarios() map[string]func(p peer) {
 		"hello-type-zero": func(p peer) { _ = p.raw(0, 0, nil) },
 		"hello-4g":        func(p peer) { _ = p.raw(guestrpc.FrameHello, math.MaxUint32, make([]byte, 4096)) },
 		"hello-2g":        func(p peer) { _ = p.raw(guestrpc.FrameHello, 1<<31, make([]byte, 4096)) },
+		"hello-1g":        func(p peer) { p.fill(guestrpc.FrameHello) },
 		"hello-big":       func(p peer) { _ = p.raw(guestrpc.FrameHello, guestrpc.MaxFrame+1, make([]byte, 4096)) },
 		"hello-truncated": func(p peer) { _ = p.raw(guestrpc.FrameHello, 100, make([]byte, 10)) },
 		"hello-garbage":   func(p peer) { _ = p.raw(guestrpc.FrameHello, 100, bytes.Repeat([]byte{0xff}, 100)) },
@@ -180,12 +181,6 @@ func execScenarios() map[string]func(p peer) {
 			p.exit(0)
 			p.output()
 		},
-		"exec-4g": func(p peer) {
-			p.started()
-			_ = p.raw(guestrpc.FrameStdout, math.MaxUint32, nil)
-			forever(func() error { _, err := p.conn.Write(make([]byte, 64<<10)); return err })
-		},
-		"exec-2g": func(p peer) { _ = p.raw(guestrpc.FrameStarted, 1<<31, nil); time.Sleep(time.Hour) },
 		"exec-error": func(p peer) {
 			_ = p.frame(guestrpc.FrameError, &guestrpc.Error{Code: guestrpc.CodeNotFound, Message: escapes()})
 			time.Sleep(time.Hour)
@@ -210,8 +205,25 @@ func execScenarios() map[string]func(p peer) {
 		},
 	}
 	maps.Copy(all, cutFrames())
+	maps.Copy(all, longFrames())
 	maps.Copy(all, execLies())
 	return all
+}
+
+// longFrames are frames that say that they are longer than any may be.
+func longFrames() map[string]func(p peer) {
+	return map[string]func(p peer){
+		"exec-4g": func(p peer) {
+			p.started()
+			_ = p.raw(guestrpc.FrameStdout, math.MaxUint32, nil)
+			forever(func() error { _, err := p.conn.Write(make([]byte, 64<<10)); return err })
+		},
+		"exec-1g": func(p peer) {
+			p.started()
+			p.fill(guestrpc.FrameStdout)
+		},
+		"exec-2g": func(p peer) { _ = p.raw(guestrpc.FrameStarted, 1<<31, nil); time.Sleep(time.Hour) },
+	}
 }
 
 // execLies are frames that are whole and say what cannot be.
@@ -251,6 +263,13 @@ func cutFrames() map[string]func(p peer) {
 		}
 	}
 	return all
+}
+
+// fill sends a frame of a GiB, all of it: a host that lets a peer choose how much it
+// allocates has that much less.
+func (p peer) fill(t guestrpc.Type) {
+	_ = p.raw(t, 1<<30, nil)
+	forever(func() error { _, err := p.conn.Write(make([]byte, 64<<10)); return err })
 }
 
 func (p peer) started() { _ = p.frame(guestrpc.FrameStarted, &guestrpc.Started{PID: 1}) }

@@ -76,10 +76,15 @@ func diskMount(args []string) (Outcome, string) {
 			return err
 		}
 		defer os.Remove(dir)
-		if err := unix.Mount(name, dir, "ext4", 0, ""); err != nil {
+		// Below the overlay it is mounted already, read-only: a second mount has to
+		// be like the first, which a remount then changes for both.
+		if err := unix.Mount(name, dir, "ext4", unix.MS_RDONLY, ""); err != nil {
 			return err
 		}
 		defer unix.Unmount(dir, unix.MNT_DETACH)
+		if err := unix.Mount("", dir, "", unix.MS_REMOUNT, ""); err != nil {
+			return err
+		}
 		f, err := os.CreateTemp(dir, "attack")
 		if err != nil {
 			return err
@@ -106,7 +111,8 @@ func diskNode(args []string) (Outcome, string) {
 		if err := errors.Join(err1, err2); err != nil {
 			return err
 		}
-		name := filepath.Join(os.TempDir(), "node-"+major+"-"+minor)
+		// In /dev: elsewhere the mount may forbid the use of devices.
+		name := filepath.Join("/dev", "node-"+major+"-"+minor)
 		if err := unix.Mknod(name, unix.S_IFBLK|0o600, int(unix.Mkdev(uint32(ma), uint32(mi)))); err != nil {
 			return err
 		}
