@@ -134,12 +134,8 @@ func TestConfinedAsAsked(t *testing.T) {
 		t.Errorf("%d commands run: %+v", len(i.Commands), i.Commands)
 	}
 	for _, c := range i.Commands {
-		filters := 2
-		if c.Profile == guestrpc.ProfilePermissive {
-			filters = 1
-		}
 		const few = 0x405fb
-		if c.Profile != pids[c.PID] || c.Seccomp != 2 || c.Filters != filters || !c.NoNewPrivs || c.CapBnd != few || c.CapEff != few || len(c.Without) != 0 {
+		if c.Profile != pids[c.PID] || c.Seccomp != 2 || c.Filters != 1 || !c.NoNewPrivs || c.CapBnd != few || c.CapEff != few || len(c.Without) != 0 {
 			t.Errorf("%+v", c)
 		}
 	}

@@ -96,7 +96,9 @@ func RunAgent(argv []string) error {
 	m := &machine{overlay: overlayFD, random: random, jobs: j, names: names}
 	a := newAgent(m.setUp, j)
 	a.times = args.Times
-	a.confiner = newConfiner()
+	if a.confiner, err = newConfiner(); err != nil {
+		return err
+	}
 	// Every command's, if it asks for nothing else: of a machine that is saved, it is
 	// in what is saved.
 	if _, err := a.confiner.spawner(confinementOf(&guestrpc.Exec{})); err != nil {

@@ -7,12 +7,14 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ironclaw-run/ironclaw/internal/seccomp"
 )
 
-// Commands are not started by package syscall, for it cannot take something away
-// from a child between its birth and its program. A command must be born in its
-// cgroup, which takes clone3, and must not have clone3 itself (see
-// seccomp.Command); whatever a thread loses, its children lose at birth.
+// Commands are not started by package syscall: a command must be born in its cgroup,
+// which takes clone3, and must not have clone3 itself, which takes a key that package
+// syscall does not pass (see seccomp.Key). Nor could a thread give its child to do
+// what the agent needs done and the child's program must not do.
 //
 // So the child is given a list of system calls, of which the last executes the
 // program. It is vfork's child: it shares the agent's memory while the thread that
@@ -37,7 +39,7 @@ type cloneArgs struct {
 
 // forkRun makes a child that makes n calls one after the other, up to the first that
 // fails: its error is noted in it, and the child ends.
-func forkRun(clone *cloneArgs, calls *call, n uintptr) (pid, errno uintptr)
+func forkRun(clone *cloneArgs, calls *call, n uintptr, key *[2]uint64) (pid, errno uintptr)
 
 // child is a command before its birth. Everything that its calls point to is in
 // keep, and so on the heap, which does not move.
@@ -66,8 +68,7 @@ func pointer[T any](c *child, p *T) uintptr {
 const commandFiles = 1024
 
 // newChild makes the list for a command. fds become its descriptors 0, 1, 2.
-// filter is one more for the command, nil for none.
-func newChild(id *identity, dir, path string, args, env []string, fds []int, tty bool, filter *unix.SockFprog) (*child, error) {
+func newChild(id *identity, dir, path string, args, env []string, fds []int, tty bool) (*child, error) {
 	c := &child{calls: make([]call, 0, 16), what: make([]string, 0, 16), keep: make([]any, 0, 16)}
 	argv, err := syscall.SlicePtrFromStrings(args)
 	if err != nil {
@@ -103,19 +104,16 @@ func newChild(id *identity, dir, path string, args, env []string, fds []int, tty
 	if tty {
 		c.add("take the terminal", unix.SYS_IOCTL, 0, unix.TIOCSCTTY, 0)
 	}
-	if filter != nil {
-		c.add("filter system calls", unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, 0, pointer(c, filter))
-	}
 	var none uint64 // the thread that it is born of has all signals blocked
 	c.add("unblock signals", unix.SYS_RT_SIGPROCMASK, unix.SIG_SETMASK, pointer(c, &none), 0, 8)
 	c.add("", unix.SYS_EXECVE, pointer(c, pathp), pointer(c, &argv[0]), pointer(c, &envv[0]))
 	return c, nil
 }
 
-// start makes the child. It must run on a thread that blocks all signals: a handler
+// start makes the child; key is that of the thread's profile. It must run on a thread that blocks all signals: a handler
 // in the child would run in the agent's memory. clone3 sees to it that the child has
 // none when it unblocks them.
-func (c *child) start() (pid int, err error) {
+func (c *child) start(key seccomp.Key) (pid int, err error) {
 	args := &cloneArgs{
 		flags:      unix.CLONE_VFORK | unix.CLONE_VM | unix.CLONE_CLEAR_SIGHAND,
 		exitSignal: uint64(unix.SIGCHLD),
@@ -123,9 +121,9 @@ func (c *child) start() (pid int, err error) {
 	if c.cgroup >= 0 {
 		args.flags, args.cgroup = args.flags|unix.CLONE_INTO_CGROUP, uint64(c.cgroup)
 	}
-	c.keep = append(c.keep, args)
+	c.keep = append(c.keep, args, &key)
 	syscall.ForkLock.Lock()
-	p, errno := forkRun(args, &c.calls[0], uintptr(len(c.calls)))
+	p, errno := forkRun(args, &c.calls[0], uintptr(len(c.calls)), (*[2]uint64)(&key))
 	syscall.ForkLock.Unlock()
 	runtime.KeepAlive(c)
 	if errno != 0 {

@@ -8,14 +8,18 @@
 // Results above this are errors, negated.
 #define MAX_ERRNO 0xfffffffffffff001
 
-// func forkRun(clone *cloneArgs, calls *call, n uintptr) (pid, errno uintptr)
+// func forkRun(clone *cloneArgs, calls *call, n uintptr, key *[2]uint64) (pid, errno uintptr)
 //
+// The key is passed to clone3 where it would have a third and a fourth argument.
 // The child shares our memory and, as its parent sleeps until it has executed a
 // program or ended, our stack. It uses none of it: registers hold all it needs.
-TEXT ·forkRun(SB), NOSPLIT, $0-40
+TEXT ·forkRun(SB), NOSPLIT, $0-48
 	MOVQ clone+0(FP), DI
 	MOVQ calls+8(FP), R12
 	MOVQ n+16(FP), R13
+	MOVQ key+24(FP), R8
+	MOVQ 0(R8), DX
+	MOVQ 8(R8), R10
 	MOVQ $CLONE_ARGS_SIZE, SI
 	MOVQ $SYS_clone3, AX
 	SYSCALL
@@ -23,14 +27,14 @@ TEXT ·forkRun(SB), NOSPLIT, $0-40
 	JCC  failed
 	TESTQ AX, AX
 	JZ   child
-	MOVQ AX, pid+24(FP)
-	MOVQ $0, errno+32(FP)
+	MOVQ AX, pid+32(FP)
+	MOVQ $0, errno+40(FP)
 	RET
 
 failed:
 	NEGQ AX
-	MOVQ $0, pid+24(FP)
-	MOVQ AX, errno+32(FP)
+	MOVQ $0, pid+32(FP)
+	MOVQ AX, errno+40(FP)
 	RET
 
 child:

@@ -4,8 +4,10 @@ import (
 	"errors"
 	"io"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -16,7 +18,16 @@ import (
 // born starts a command by the guest's own fork, outside of any cgroup, and returns
 // what it writes and how it ends. prepare is run on the thread that it is born of,
 // which is gone afterwards.
-func born(t *testing.T, prepare func(), filter *unix.SockFprog, args ...string) (string, unix.WaitStatus, error) {
+func born(t *testing.T, prepare func(), args ...string) (string, unix.WaitStatus, error) {
+	t.Helper()
+	out, status, err := bornOrNot(t, prepare, args...)
+	if errors.Is(err, unix.ENOSYS) {
+		testenv.Skip(t, "needs clone3, which container engines refuse: run the tests on a host")
+	}
+	return out, status, err
+}
+
+func bornOrNot(t *testing.T, prepare func(), args ...string) (string, unix.WaitStatus, error) {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		testenv.Skip(t, "sets a user and groups: run the tests with sudo")
@@ -33,7 +44,7 @@ func born(t *testing.T, prepare func(), filter *unix.SockFprog, args ...string) 
 	defer null.Close()
 	fd := int(w.Fd())
 	id := &identity{uid: 12345, gid: 54321, groups: []uint32{7, 9}}
-	c, err := newChild(id, "/tmp", args[0], args, []string{"A=b", "PATH=" + defaultPath}, []int{int(null.Fd()), fd, fd}, false, filter)
+	c, err := newChild(id, "/tmp", args[0], args, []string{"A=b", "PATH=" + defaultPath}, []int{int(null.Fd()), fd, fd}, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -44,14 +55,11 @@ func born(t *testing.T, prepare func(), filter *unix.SockFprog, args ...string) 
 		defer close(done)
 		prepare()
 		if err = blockSignals(); err == nil {
-			pid, err = c.start()
+			pid, err = c.start(forkKey)
 		}
 	})
 	<-done
 	w.Close()
-	if errors.Is(err, unix.ENOSYS) {
-		testenv.Skip(t, "needs clone3, which container engines refuse: run the tests on a host")
-	}
 	if err != nil {
 		return "", 0, err
 	}
@@ -63,8 +71,24 @@ func born(t *testing.T, prepare func(), filter *unix.SockFprog, args ...string) 
 	return string(out), status, nil
 }
 
+var forkKey = seccomp.Key{1 << 40, 7}
+
+// filtered puts a filter on the thread.
+func filtered(t *testing.T, p *seccomp.Profile) {
+	prog, err := p.Compile()
+	if err == nil {
+		err = unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+	}
+	if err == nil {
+		_, err = seccomp.Install(prog, 0)
+	}
+	if err != nil {
+		t.Error(err)
+	}
+}
+
 func TestFork(t *testing.T) {
-	out, status, err := born(t, func() {}, nil, "/bin/sh", "-c",
+	out, status, err := born(t, func() {}, "/bin/sh", "-c",
 		`id -u; id -g; id -G; pwd; echo $A; ulimit -n; ps -o sid= -p $$ | tr -d " " | grep -qx $$ && echo leads; exit 7`)
 	if err != nil {
 		t.Fatal(err)
@@ -78,7 +102,7 @@ func TestFork(t *testing.T) {
 		t.Errorf("status %#x", uint32(status))
 	}
 	// Not by a shell, which blocks signals itself now and then.
-	out, _, err = born(t, func() {}, nil, "/bin/grep", "^Sig", "/proc/self/status")
+	out, _, err = born(t, func() {}, "/bin/grep", "^Sig", "/proc/self/status")
 	if err != nil || !strings.Contains(out, "SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n") {
 		t.Errorf("%v, %s", err, out)
 	}
@@ -86,13 +110,14 @@ func TestFork(t *testing.T) {
 
 // What fails before the program, or is no program, is told, and leaves no child.
 func TestForkFails(t *testing.T) {
-	if _, _, err := born(t, func() {}, nil, "/nowhere/to/be/found"); !errors.Is(err, unix.ENOENT) || strings.Contains(err.Error(), ":") {
+	if _, _, err := born(t, func() {}, "/nowhere/to/be/found"); !errors.Is(err, unix.ENOENT) || strings.Contains(err.Error(), ":") {
 		t.Errorf("no program: %v", err)
 	}
-	broken := &unix.SockFprog{Len: 1, Filter: &unix.SockFilter{Code: 0xffff}}
-	noNewPrivs := func() { unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }
-	if _, _, err := born(t, noNewPrivs, broken, "/bin/true"); !errors.Is(err, unix.EINVAL) || !strings.Contains(err.Error(), "filter system calls") {
-		t.Errorf("a filter that the kernel does not take: %v", err)
+	noChdir := &seccomp.Profile{Name: "test", Default: seccomp.Allow, Rules: []seccomp.Rule{
+		{Calls: []string{"chdir"}, Action: seccomp.Errno(unix.EXDEV)},
+	}}
+	if _, _, err := born(t, func() { filtered(t, noChdir) }, "/bin/true"); !errors.Is(err, unix.EXDEV) || !strings.Contains(err.Error(), "enter /tmp") {
+		t.Errorf("a call before the program: %v", err)
 	}
 	if _, err := unix.Wait4(-1, nil, unix.WNOHANG, nil); !errors.Is(err, unix.ECHILD) {
 		t.Errorf("a child is left: %v", err)
@@ -102,24 +127,10 @@ func TestForkFails(t *testing.T) {
 // A thread that has a profile can give birth, its children have the profile and not
 // clone3, and the other threads have none of it.
 func TestForkUnderProfiles(t *testing.T) {
-	own, err := seccomp.Command().Compile()
-	if err != nil {
-		t.Fatal(err)
-	}
-	filter := &unix.SockFprog{Len: uint16(len(own)), Filter: &own[0]}
-	for _, p := range []*seccomp.Profile{seccomp.Default(), seccomp.Strict()} {
+	for _, p := range []*seccomp.Profile{seccomp.Default(forkKey), seccomp.Strict(forkKey)} {
 		q := *p
 		q.Default = seccomp.Errno(unix.EXDEV) // nobody listens here
-		prog, err := q.Compile()
-		if err != nil {
-			t.Fatal(err)
-		}
-		out, _, err := born(t, func() {
-			err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-			if _, ierr := seccomp.Install(prog, 0); err != nil || ierr != nil {
-				t.Error(err, ierr)
-			}
-		}, filter, "/bin/sh", "-c", `grep -E "^(Seccomp|NoNew)" /proc/$$/status; hostname x 2>&1; unshare -U true 2>&1 | grep -o "cross-device"; python3 -c '
+		out, _, err := born(t, func() { filtered(t, &q) }, "/bin/sh", "-c", `grep -E "^(Seccomp|NoNew)" /proc/$$/status; hostname x 2>&1; unshare -U true 2>&1 | grep -o "cross-device"; python3 -c '
 import ctypes
 libc = ctypes.CDLL(None, use_errno=True)
 print("clone3", libc.syscall(435, 0, 0), ctypes.get_errno())'`)
@@ -130,18 +141,40 @@ print("clone3", libc.syscall(435, 0, 0), ctypes.get_errno())'`)
 			t.Errorf("%s: %s", p.Name, out)
 		}
 	}
-	status, err := os.ReadFile("/proc/self/status")
-	if err != nil {
-		t.Fatal(err)
+	// Without the key not even the agent has clone3.
+	wrong := seccomp.Strict(seccomp.Key{forkKey[0], forkKey[1] + 1})
+	wrong.Default = seccomp.Errno(unix.EXDEV)
+	if _, _, err := bornOrNot(t, func() { filtered(t, wrong) }, "/bin/true"); !errors.Is(err, unix.ENOSYS) {
+		t.Errorf("with another key: %v", err)
 	}
-	threads, err := os.ReadDir("/proc/self/task")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, th := range threads {
-		text, err := os.ReadFile("/proc/self/task/" + th.Name() + "/status")
-		if err == nil && statusField(string(text), "Seccomp_filters") != statusField(string(status), "Seccomp_filters") {
-			t.Errorf("thread %s has %s filters", th.Name(), statusField(string(text), "Seccomp_filters"))
+	// The threads of births are on their way out.
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		filtered := filteredThreads(t)
+		if len(filtered) == 0 {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("filtered threads: %v", filtered)
 		}
 	}
+}
+
+// filteredThreads are those of our threads that have more filters than we.
+func filteredThreads(t *testing.T) (more []string) {
+	t.Helper()
+	threads, err := filepath.Glob("/proc/self/task/*/status")
+	if err != nil || len(threads) < 2 {
+		t.Fatal(threads, err)
+	}
+	own, err := os.ReadFile("/proc/thread-self/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range threads {
+		status, err := os.ReadFile(name)
+		if err == nil && statusField(string(status), "Seccomp_filters") != statusField(string(own), "Seccomp_filters") {
+			more = append(more, name)
+		}
+	}
+	return more
 }

@@ -40,7 +40,7 @@ func (a *Agent) spawn(req *guestrpc.Exec, id *identity, s *stdio) (*process, err
 	if err != nil {
 		return nil, guestrpc.Errorf(guestrpc.CodeInternal, "%v", err)
 	}
-	c, err := newChild(id, dir, path, req.Args, env, s.theirs, req.TTY != nil, from.filter)
+	c, err := newChild(id, dir, path, req.Args, env, s.theirs, req.TTY != nil)
 	if err != nil {
 		return nil, startError(req.Args[0], err)
 	}

@@ -1,6 +1,7 @@
 package guest
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"runtime"
@@ -60,6 +61,7 @@ func (c confinement) without() []string {
 // when they are first asked for; those that every command gets, before the machine
 // is saved. There are at most as many as there are values of confinement.
 type confiner struct {
+	key   seccomp.Key
 	ring  *seccomp.Ring
 	fatal chan error // takes what must end the agent
 
@@ -68,13 +70,20 @@ type confiner struct {
 	spawners map[confinement]*spawner
 }
 
-func newConfiner() *confiner {
+func newConfiner() (*confiner, error) {
+	// All machines that are started from one that was saved have the same. It is
+	// kept from a machine's commands, not from who has broken another one's kernel.
+	var b [16]byte
+	if _, err := unix.Getrandom(b[:], 0); err != nil {
+		return nil, fmt.Errorf("draw a key: %w", err)
+	}
 	return &confiner{
+		key:      seccomp.Key{binary.NativeEndian.Uint64(b[:8]), binary.NativeEndian.Uint64(b[8:])},
 		ring:     seccomp.NewRing(guestrpc.MaxDenials),
 		fatal:    make(chan error, 1),
 		views:    make(map[[2]bool]*view),
 		spawners: make(map[confinement]*spawner),
-	}
+	}, nil
 }
 
 // die ends the agent, and with it the machine: something that confines commands
@@ -97,7 +106,7 @@ func (c *confiner) spawner(want confinement) (*spawner, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make the commands' view of the machine: %w", err)
 	}
-	s, err := newSpawner(want, v)
+	s, err := newSpawner(want, v, c.key)
 	if err != nil {
 		return nil, fmt.Errorf("confine commands: %w", err)
 	}
@@ -137,8 +146,8 @@ func (c *confiner) view(processes, devices bool) (*view, error) {
 type spawner struct {
 	confinement
 	view     *view
-	listener int             // -1 without a filter
-	filter   *unix.SockFprog // see seccomp.Command; nil for none
+	listener int // -1 without a filter
+	key      seccomp.Key
 	births   chan *birth
 }
 
@@ -150,8 +159,8 @@ type birth struct {
 	done  chan struct{}
 }
 
-func newSpawner(c confinement, v *view) (*spawner, error) {
-	s := &spawner{confinement: c, view: v, listener: -1, births: make(chan *birth)}
+func newSpawner(c confinement, v *view, key seccomp.Key) (*spawner, error) {
+	s := &spawner{confinement: c, view: v, listener: -1, key: key, births: make(chan *birth)}
 	ready := make(chan error)
 	onThread(func() { s.run(ready) })
 	return s, <-ready
@@ -191,7 +200,7 @@ func (s *spawner) run(ready chan<- error) {
 		return
 	}
 	for b := range s.births {
-		b.pid, b.err = b.child.start()
+		b.pid, b.err = b.child.start(s.key)
 		close(b.done)
 	}
 }
@@ -235,31 +244,26 @@ func (s *spawner) enter() error {
 	return nil
 }
 
-func profileNamed(name string) (*seccomp.Profile, error) {
+func profileNamed(name string, key seccomp.Key) (*seccomp.Profile, error) {
 	switch name {
-	case guestrpc.ProfileDefault, guestrpc.ProfilePermissive: // the same calls, answered otherwise
-		return seccomp.Default(), nil
+	case guestrpc.ProfileDefault:
+		return seccomp.Default(key), nil
 	case guestrpc.ProfileStrict:
-		return seccomp.Strict(), nil
+		return seccomp.Strict(key), nil
+	case guestrpc.ProfilePermissive:
+		return seccomp.Permissive(), nil
 	}
 	return nil, fmt.Errorf("there is no profile %q", name)
 }
 
 func (s *spawner) install() error {
-	p, err := profileNamed(s.profile)
+	p, err := profileNamed(s.profile, s.key)
 	if err != nil {
 		return err
 	}
 	prog, err := p.Compile()
 	if err != nil {
 		return err
-	}
-	if s.profile != guestrpc.ProfilePermissive {
-		own, err := seccomp.Command().Compile()
-		if err != nil {
-			return err
-		}
-		s.filter = &unix.SockFprog{Len: uint16(len(own)), Filter: &own[0]}
 	}
 	s.listener, err = seccomp.Install(prog, unix.SECCOMP_FILTER_FLAG_NEW_LISTENER)
 	return err

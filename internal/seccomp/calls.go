@@ -29,8 +29,7 @@ var memory = []string{
 }
 
 var processes = []string{
-	"arch_prctl", "clone3", // see Command
-	"execve", "execveat", "exit", "exit_group", "fork", "futex", "futex_requeue",
+	"arch_prctl", "execve", "execveat", "exit", "exit_group", "fork", "futex", "futex_requeue",
 	"futex_wait", "futex_waitv", "futex_wake", "get_robust_list", "get_thread_area",
 	"getcpu", "getpgid", "getpgrp", "getpid", "getppid", "getsid", "gettid",
 	"landlock_add_rule", "landlock_create_ruleset", "landlock_restrict_self", "pidfd_open",

@@ -11,7 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// decide says what a profile says, straight from its data.
+var testKey = Key{0x0123456789abcdef, 0xfedcba9876543210}
+
+// decideByData says what a profile says, straight from its data.
 func (p *Profile) decideByData(d *Data) Action {
 	if !d.Native() {
 		if p.Foreign == 0 {
@@ -113,16 +115,16 @@ func (p *Profile) interesting() []uint64 {
 // Every number, and around the values that rules compare with, is decided as the
 // data says.
 func TestCompiledDecidesAsTheData(t *testing.T) {
-	for _, p := range []*Profile{Default(), Strict(), Command()} {
+	for _, p := range []*Profile{Default(testKey), Strict(testKey), Permissive()} {
 		prog := compile(t, p)
 		values := p.interesting()
 		longest := 0
 		for nr := int32(-2); nr < int32(len(names))+20; nr++ {
 			for i, v := range values {
-				for arg := range 3 {
+				for arg := range 4 {
 					d := Data{Number: nr, Arch: unix.AUDIT_ARCH_X86_64}
 					d.Args[arg] = v
-					d.Args[(arg+1)%3] = values[(i*7)%len(values)]
+					d.Args[(arg+1)%4] = values[(i*7)%len(values)]
 					check(t, p, prog, d)
 				}
 			}
@@ -160,6 +162,11 @@ func TestRefusals(t *testing.T) {
 		{"clone", []uint64{unix.CLONE_PARENT | uint64(unix.SIGCHLD)}, false, false},
 		{"clone", []uint64{unix.CLONE_VM | unix.CLONE_VFORK | uint64(unix.SIGCHLD)}, true, true},
 		{"clone", []uint64{unix.CLONE_VM | unix.CLONE_FS | unix.CLONE_FILES | unix.CLONE_SIGHAND | unix.CLONE_THREAD}, true, true},
+		{"clone3", []uint64{0x1000, 88}, false, false},
+		{"clone3", []uint64{0x1000, 88, testKey[0], 0}, false, false},
+		{"clone3", []uint64{0x1000, 88, 0, testKey[1]}, false, false},
+		{"clone3", []uint64{0x1000, 88, testKey[0] & Int, testKey[1]}, false, false},
+		{"clone3", []uint64{0x1000, 88, testKey[0], testKey[1]}, true, true},
 		{"unshare", []uint64{unix.CLONE_NEWUSER}, false, false},
 		{"unshare", []uint64{unix.CLONE_NEWTIME}, false, false},
 		{"unshare", []uint64{unix.CLONE_FILES}, true, false},
@@ -201,7 +208,7 @@ func TestRefusals(t *testing.T) {
 			byDefault, bare bool
 		}{call: name})
 	}
-	byDefault, strict := compile(t, Default()), compile(t, Strict())
+	byDefault, strict := compile(t, Default(testKey)), compile(t, Strict(testKey))
 	for _, c := range cases {
 		nr, ok := Number(c.call)
 		if !ok {
@@ -221,10 +228,10 @@ func TestRefusals(t *testing.T) {
 
 // What strict allows, default allows.
 func TestStrictIsSmaller(t *testing.T) {
-	byDefault, strict := compile(t, Default()), compile(t, Strict())
+	byDefault, strict := compile(t, Default(testKey)), compile(t, Strict(testKey))
 	more := 0
 	for nr := range int32(len(names)) {
-		for _, v := range Default().interesting() {
+		for _, v := range Default(testKey).interesting() {
 			d := Data{Number: nr, Arch: unix.AUDIT_ARCH_X86_64, Args: [6]uint64{v, 1}}
 			a, _ := run(t, byDefault, &d)
 			b, _ := run(t, strict, &d)
@@ -316,7 +323,7 @@ func FuzzCompile(f *testing.F) {
 
 // The programs as people read them. A change of a profile is a change of these.
 func TestGolden(t *testing.T) {
-	for _, p := range []*Profile{Default(), Strict(), Command()} {
+	for _, p := range []*Profile{Default(testKey), Strict(testKey), Permissive()} {
 		got := p.String() + "\nprogram\n" + disassemble(compile(t, p))
 		name := "testdata/" + p.Name + ".txt"
 		if *update {

@@ -70,7 +70,7 @@ func TestInstall(t *testing.T) {
 
 // The kernel takes the guest's profiles.
 func TestInstallProfiles(t *testing.T) {
-	for _, p := range []*Profile{Default(), Strict(), Command()} {
+	for _, p := range []*Profile{Default(testKey), Strict(testKey), Permissive()} {
 		prog := compile(t, p)
 		onThread(func() {
 			noNewPrivs(t)

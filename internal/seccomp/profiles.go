@@ -13,10 +13,25 @@ import "golang.org/x/sys/unix"
 // io_uring; handles of files; ports; clocks; quotas, swap, accounting; the kernel's
 // log.
 //
-// clone3 is the exception: a filter cannot see its flags, which are behind a
-// pointer, and the guest agent needs it to start a command in its cgroup. So the
-// profiles allow it, and [Command] is the second filter that takes it from the
-// command. The C library falls back to clone, whose flags can be seen.
+// clone3 has flags that a filter cannot see, for they are behind a pointer, and the
+// guest agent needs it to start a command in its cgroup. So it is allowed to who
+// knows the [Key], and does not exist for others: the C library then uses clone,
+// whose flags can be seen.
+
+// Key is what the guest agent passes to clone3 besides its arguments, in the registers
+// of a third and a fourth, which the kernel does not look at and a filter does. A
+// command learns it neither from the agent, whose memory it cannot read, nor of its
+// own filter, nor by trying: it has 128 bits.
+type Key [2]uint64
+
+// clone3 is allowed with the key.
+func (k Key) clone3() []Rule {
+	calls := []string{"clone3"}
+	return []Rule{
+		{Calls: calls, Action: Allow, Conds: []Cond{{2, Long, Equal, k[0]}, {3, Long, Equal, k[1]}}},
+		{Calls: calls, Action: Errno(unix.ENOSYS)},
+	}
+}
 
 // notForCommands are the flags of clone that make namespaces, and the one that makes a
 // child of the caller's parent, which would be the guest agent: it knows nothing of
@@ -28,12 +43,20 @@ const notForCommands = unix.CLONE_PARENT | unix.CLONE_NEWNS | unix.CLONE_NEWCGRO
 const socketType = 0xf
 
 // Default is the profile of commands for which nothing else is asked.
-func Default() *Profile {
+func Default(k Key) *Profile { return usual("default", k.clone3()) }
+
+// Permissive is Default for commands whose listener lets everything pass.
+func Permissive() *Profile {
+	return usual("permissive", []Rule{{Calls: []string{"clone3"}, Action: Allow}})
+}
+
+func usual(name string, clone3 []Rule) *Profile {
 	return &Profile{
-		Name:    "default",
+		Name:    name,
 		Default: Notify,
 		Foreign: Notify,
 		Rules: join(
+			clone3,
 			allow(files, attributes, memory, processes, identities, signals, waiting, timers, channels, scheduling, system),
 			allow(fileExtras, memoryExtras, tracing, sysvIPC, queues, asyncIO),
 			[]Rule{
@@ -61,29 +84,19 @@ func Default() *Profile {
 // themselves but by Unix sockets, no tracing of other processes, no interprocess
 // communication but pipes, files, signals and Unix sockets, and none of the calls
 // that few programs need and in which kernels had their faults.
-func Strict() *Profile {
+func Strict(k Key) *Profile {
 	return &Profile{
 		Name:    "strict",
 		Default: Notify,
 		Foreign: Notify,
 		Rules: join(
+			k.clone3(),
 			allow(files, attributes, memory, processes, identities, signals, waiting, timers, channels, scheduling, system),
 			[]Rule{{Calls: []string{"clone"}, Action: Allow, Conds: []Cond{{0, notForCommands, Equal, 0}}}},
 			personalities(0xffffffff),
 			keystrokes(),
 			localSockets(),
 		),
-	}
-}
-
-// Command is the filter that a command has besides its profile's: see clone3
-// above. ENOSYS tells the C library to use clone.
-func Command() *Profile {
-	return &Profile{
-		Name:    "command",
-		Default: Allow,
-		Foreign: Allow, // the profile decides
-		Rules:   []Rule{{Calls: []string{"clone3"}, Action: Errno(unix.ENOSYS)}},
 	}
 }
 
