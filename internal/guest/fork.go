@@ -13,8 +13,7 @@ import (
 
 // Commands are not started by package syscall: a command must be born in its cgroup,
 // which takes clone3, and must not have clone3 itself, which takes a key that package
-// syscall does not pass (see seccomp.Key). Nor could a thread give its child to do
-// what the agent needs done and the child's program must not do.
+// syscall does not pass (see seccomp.Key).
 //
 // So the child is given a list of system calls, of which the last executes the
 // program. It is vfork's child: it shares the agent's memory while the thread that
