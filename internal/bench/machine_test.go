@@ -34,7 +34,7 @@ func TestBenchmarks(t *testing.T) {
 	for name, want := range map[string][]string{
 		"start": {
 			"run -- true", "run -- true/hello", "run -- true/close", "run -- echo x: first output after the VMM's start",
-			"run --cold -- true", "run --cold -- true/guest: agent", "3 at once: each", "reference: qemu-system-x86_64 --version",
+			"run -- true, without the jail but for its filters", "run --cold -- true", "run --cold -- true/guest: agent", "3 at once: each", "reference: qemu-system-x86_64 --version",
 		},
 		"exec":    {"ping of the guest agent", "exec true", "reference: true on the host", "memory of the VMM at rest (Pss)"},
 		"io":      {"stdout", "stdin", "reference: a pipe on the host"},

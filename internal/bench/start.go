@@ -14,12 +14,14 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ironclaw-run/ironclaw/internal/layer"
 	"github.com/ironclaw-run/ironclaw/internal/vm/qemu"
 )
 
 // Rows of start.
 const (
 	rowRun   = "run -- true"
+	rowBare  = "run -- true, without the jail but for its filters"
 	rowFirst = "run -- echo x: first output after the VMM's start"
 	rowCold  = "run --cold -- true"
 	rowRunsc = "reference: runsc --network=none do true"
@@ -66,10 +68,21 @@ func (b *Bench) start(ctx context.Context) (*Table, error) {
 	if err := w.finish(); err != nil {
 		return nil, err
 	}
+	t.ratio(rowRun+", to without the jail (p50)", t.p(rowRun, 0.5), t.p(rowBare, 0.5))
 	t.ratio(rowRun+", to runsc (p50)", t.p(rowRun, 0.5), t.p(rowRunsc, 0.5))
 	t.ratio(fmt.Sprintf("%d at once (p90), to %d x one (p50) / %s", b.together, b.together, count(cpus(), "cpu")),
 		t.p(each, 0.9), float64(b.together)*t.p(rowRun, 0.5)/float64(cpus()))
 	return t, nil
+}
+
+// bare are the layers around the VMM that a machine can go without and still start from a
+// template.
+func bare() string {
+	set := layer.Set{}
+	for _, n := range layer.All() {
+		set[n] = !n.Guest() && n != layer.Seccomp && n != layer.NoNewPrivs
+	}
+	return set.String()
 }
 
 // startRound measures one process of each kind.
@@ -78,6 +91,14 @@ func (b *Bench) startRound(ctx context.Context, w *watch, cloned, cold bool) err
 	run, err := b.ironclaw(ctx, "--", "true")
 	if err == nil {
 		err = w.table.addPhases(rowRun, run, cloned)
+	}
+	if err != nil {
+		return err
+	}
+	w.sample()
+	run, err = b.ironclaw(ctx, "--without", bare(), "--", "true")
+	if err == nil {
+		err = w.table.addPhases(rowBare, run, cloned)
 	}
 	if err != nil {
 		return err

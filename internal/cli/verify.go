@@ -33,6 +33,7 @@ type verifyFlags struct {
 	json    bool
 	verbose bool
 	list    bool
+	without []string
 }
 
 func (a *app) verifyCommand() *cobra.Command {
@@ -48,6 +49,9 @@ func (a *app) verifyCommand() *cobra.Command {
 			if opts.Groups, err = verifyGroups(f.groups); err != nil {
 				return &usageError{err, "verify "}
 			}
+			if opts.Sandbox.Without, err = layer.ParseSet(f.without); err != nil {
+				return &usageError{fmt.Errorf("--without: %w", err), "verify "}
+			}
 			if f.list {
 				return a.listAttacks(opts)
 			}
@@ -60,6 +64,7 @@ func (a *app) verifyCommand() *cobra.Command {
 	fl.BoolVar(&f.json, "json", false, "as JSON")
 	fl.BoolVarP(&f.verbose, "verbose", "v", false, "show each attack without what stops it, too, and whole texts")
 	fl.BoolVar(&f.list, "list", false, "list the attacks and make none")
+	fl.StringSliceVar(&f.without, "without", nil, "attack sandboxes that go without this layer of isolation")
 	fl.StringVar(&opts.Sandbox.Accel, "accel", "auto", "auto, kvm or tcg")
 	fl.StringVar(&opts.Sandbox.Link, "link", "auto", "auto, vsock or serial")
 	return cmd

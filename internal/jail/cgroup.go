@@ -63,8 +63,8 @@ func (j *Jail) makeCgroup() error {
 	c, err := newCgroup(j.opts.ID)
 	if none, ok := errors.AsType[*errNoCgroup](err); ok && !j.opts.Require.Has(layer.Cgroup) {
 		j.report = append(j.report, layer.Status{Layer: layer.Cgroup, State: layer.Held, Detail: fmt.Sprintf(
-			"%s; memory is held by RLIMIT_AS (%d MiB), threads by RLIMIT_NPROC (%d), processors by affinity (%d), disk by having nothing to write to",
-			none.why, j.addressSpace()>>20, j.threads(), j.affinity())})
+			"%s; memory is held by RLIMIT_DATA (%d MiB), threads by RLIMIT_NPROC (%d), processors by affinity (%d), disk by having nothing to write to",
+			none.why, j.data()>>20, j.threads(), j.affinity())})
 		return nil
 	}
 	if err != nil {

@@ -37,12 +37,12 @@ func (j *Jail) plan(p *Program) plan {
 
 // Bounds are what a jail bounds.
 type Bounds struct {
-	Memory       int64 // bytes, by the cgroup
-	CPUPercent   int   // of one processor, by the cgroup
-	Threads      int
-	Files        int   // descriptors
-	AddressSpace int64 // bytes, where there is no cgroup
-	Processors   int   // to run on, where there is no cgroup
+	Memory     int64 // bytes, by the cgroup
+	CPUPercent int   // of one processor, by the cgroup
+	Threads    int
+	Files      int   // descriptors
+	Data       int64 // bytes of memory, where there is no cgroup
+	Processors int   // to run on, where there is no cgroup
 }
 
 // BoundsOf tells what jails with these options bound.
@@ -51,7 +51,7 @@ func BoundsOf(opts Options) Bounds {
 	j.opts.CPUs = max(j.opts.CPUs, 1)
 	return Bounds{
 		Memory: j.opts.Memory, CPUPercent: j.cpuPercent(), Threads: j.threads(), Files: maxDescriptors,
-		AddressSpace: j.addressSpace(), Processors: j.affinity(),
+		Data: j.data(), Processors: j.affinity(),
 	}
 }
 
@@ -67,17 +67,22 @@ func (j *Jail) limits(p *Program) []limit {
 		{unix.RLIMIT_NPROC, uint64(j.threads())},
 		{unix.RLIMIT_MEMLOCK, 0},
 		{unix.RLIMIT_MSGQUEUE, 0},
+		{unix.RLIMIT_STACK, stack},
 	}
 }
 
-// addressSlack is the address space that is reserved and not used: of threads' stacks
-// and allocators, and of the program's libraries.
-const addressSlack = 2 << 30
+// stack is what a thread's stack may take, and, as C libraries have it, what is mapped for
+// each: bytes.
+const stack = 2 << 20
 
-// addressSpace is the bound on memory where there is no cgroup.
-func (j *Jail) addressSpace() int64 { return j.opts.Memory + addressSlack }
+// dataSlack is memory that is mapped to be written to, and not used: stacks, allocators.
+const dataSlack = 256 << 20
 
-func (j *Jail) memoryLimit() limit { return limit{unix.RLIMIT_AS, uint64(j.addressSpace())} }
+// data is the bound on memory where there is no cgroup: on what is mapped to be written to
+// (RLIMIT_DATA, since Linux 4.7 all of it but shared files).
+func (j *Jail) data() int64 { return j.opts.Memory + dataSlack }
+
+func (j *Jail) memoryLimit() limit { return limit{unix.RLIMIT_DATA, uint64(j.data())} }
 
 // affinity is the number of processors to which the program is bound where there is no
 // cgroup.

@@ -117,6 +117,6 @@ func userNamespaceForbidden() (remedy string) {
 // limitNames are the kernel's own (fs/proc/base.c).
 var limitNames = map[int]string{
 	unix.RLIMIT_CORE: "core file size", unix.RLIMIT_NOFILE: "open files", unix.RLIMIT_FSIZE: "file size",
-	unix.RLIMIT_NPROC: "processes", unix.RLIMIT_AS: "address space", unix.RLIMIT_MEMLOCK: "locked memory",
+	unix.RLIMIT_NPROC: "processes", unix.RLIMIT_DATA: "data size", unix.RLIMIT_STACK: "stack size", unix.RLIMIT_MEMLOCK: "locked memory",
 	unix.RLIMIT_MSGQUEUE: "msgqueue size",
 }

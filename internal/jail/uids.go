@@ -44,10 +44,11 @@ func RemoveGuard(ctx context.Context) error {
 	return firewall.RemoveGuard(ctx, firstUID, lastUID, firewall.Options{})
 }
 
-// ownsUIDs reports whether this process can become the users of the range: it is
-// root, and not in a user namespace that lacks them.
+// ownsUIDs reports whether this process can become the users of the range, and make namespaces
+// without one of users: it is root, with root's capabilities, and not in a user namespace that
+// lacks the range.
 func ownsUIDs() bool {
-	if os.Geteuid() != 0 {
+	if os.Geteuid() != 0 || !capable(unix.CAP_SYS_ADMIN, unix.CAP_SETUID, unix.CAP_SETGID, unix.CAP_SETPCAP, unix.CAP_NET_ADMIN) {
 		return false
 	}
 	f, err := os.Open("/proc/self/uid_map")
@@ -63,6 +64,22 @@ func ownsUIDs() bool {
 		}
 	}
 	return false
+}
+
+// capable reports whether this process has all these capabilities: root in a container may
+// not.
+func capable(capabilities ...int) bool {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&header, &data[0]); err != nil {
+		return false
+	}
+	for _, c := range capabilities {
+		if data[c/32].Effective&(1<<(c%32)) == 0 {
+			return false
+		}
+	}
+	return true
 }
 
 // takeUID reserves a user. The search begins anywhere, so that one that has just been

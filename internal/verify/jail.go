@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
@@ -70,7 +71,7 @@ func (e *env) openCell(ctx context.Context) error {
 	if e.cell != nil {
 		return nil
 	}
-	cell, err := newJailCell(ctx, e.opts.Program, e.dir, nil)
+	cell, err := newJailCell(ctx, e.opts.Program, e.dir, maps.Clone(e.opts.Sandbox.Without))
 	if err != nil {
 		return err
 	}

@@ -28,6 +28,7 @@ type jailCase struct {
 	held                   string       // the attack where another mechanism stands in for the layer; "" means the same
 	noControl              string       // why it is not made without the layer
 	root                   bool         // only where VMMs have users of their own
+	user                   bool         // a normal user's user namespace, which cannot be gone without, stops it, too
 }
 
 // arguments make a probe's arguments for a cell.
@@ -57,7 +58,7 @@ func jailCases() []jailCase {
 	for i, c := range all {
 		// Without its user namespace a normal user's jail can have no others.
 		all[i].also = slices.DeleteFunc(slices.Clone(c.also), func(n layer.Name) bool { return n == layer.User })
-		if c.layer == layer.User {
+		if c.layer == layer.User || c.user {
 			all[i].noControl = "a normal user has no other namespaces without it"
 		}
 	}
@@ -93,11 +94,17 @@ func processCases() []jailCase {
 	return []jailCase{
 		refused("see another process", "process.see", words("65536")),
 		refused("signal all processes", "process.all", nil),
-		refused("trace the supervisor", "process.trace", supervisor),
-		refused("read the supervisor's memory", "process.read", supervisor),
 		refused("open the supervisor", "process.pidfd", supervisor),
-		refused("enter the supervisor's namespaces", "process.enter", supervisor),
+		stoppedByUser(refused("trace the supervisor", "process.trace", supervisor)),
+		stoppedByUser(refused("read the supervisor's memory", "process.read", supervisor)),
+		stoppedByUser(refused("enter the supervisor's namespaces", "process.enter", supervisor)),
 	}
+}
+
+// stoppedByUser marks a case that a user namespace stops alone.
+func stoppedByUser(c jailCase) jailCase {
+	c.user = true
+	return c
 }
 
 func socketCases() []jailCase {
@@ -127,12 +134,12 @@ func privilegeCases() []jailCase {
 		refused(layer.User, "become another user", "privilege.setuid", nil, nearRights...),
 		refused(layer.NoNewPrivs, "go without no_new_privs", "privilege.nnp", nil, layer.Seccomp, layer.Landlock),
 		refused(layer.Seccomp, "make namespaces", "privilege.unshare", words("user", "mnt", "net", "pid", "ipc", "uts", "cgroup"), nearRights...),
-		refused(layer.Capabilities, "mount a file system", "privilege.mount", nil, nearMounts...),
-		refused(layer.Capabilities, "make the root writable", "privilege.remount", nil, nearMounts...),
+		stoppedByUser(refused(layer.Capabilities, "mount a file system", "privilege.mount", nil, nearMounts...)),
+		stoppedByUser(refused(layer.Capabilities, "make the root writable", "privilege.remount", nil, nearMounts...)),
 		refused(layer.Capabilities, "change the root", "privilege.chroot", nil, nearMounts...),
-		refused(layer.Capabilities, "pivot the root", "privilege.pivot", nil, nearMounts...),
-		refused(layer.Capabilities, "make device nodes", "privilege.mknod", nil, nearMounts...),
-		refused(layer.Capabilities, "open files by handle", "privilege.handle", nil, nearRights...),
+		stoppedByUser(refused(layer.Capabilities, "pivot the root", "privilege.pivot", nil, nearMounts...)),
+		stoppedByUser(refused(layer.Capabilities, "make device nodes", "privilege.mknod", nil, nearMounts...)),
+		stoppedByUser(refused(layer.Capabilities, "open files by handle", "privilege.handle", nil, nearRights...)),
 	}
 }
 
@@ -154,8 +161,8 @@ func kernelCases() []jailCase {
 		harmful("set the host name", "privilege.hostname"),
 		harmful("turn swap off", "privilege.swap"),
 		refused(layer.Seccomp, "run without a filter of system calls", "privilege.seccomp"),
-		refused(layer.Seccomp, "load BPF", "privilege.bpf", nearRights...),
-		refused(layer.Seccomp, "use perf events", "privilege.perf", nearRights...),
+		stoppedByUser(refused(layer.Seccomp, "load BPF", "privilege.bpf", nearRights...)),
+		stoppedByUser(refused(layer.Seccomp, "use perf events", "privilege.perf", nearRights...)),
 		refused(layer.Seccomp, "use the kernel's keyrings", "privilege.keys", nearRights...),
 		refused(layer.Seccomp, "set up io_uring", "privilege.uring", append(nearRights, layer.Rlimits)...),
 		refused(layer.Seccomp, "use userfaultfd", "privilege.userfault", nearRights...),

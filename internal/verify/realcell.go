@@ -77,7 +77,7 @@ func (c *jailCell) Facts() CellFacts {
 	}
 	for _, s := range c.report {
 		if s.Layer == layer.Cgroup && s.State == layer.Held { // by other bounds
-			f.Memory, f.CPU = b.AddressSpace, int64(b.Processors*100)
+			f.Memory, f.CPU = b.Data, int64(b.Processors*100)
 		}
 	}
 	return f

@@ -58,7 +58,7 @@ func (r *Report) Summary() string {
 		{Worked, "%d WORKED"},
 		{Failed, "%d could not be tried or proved nothing"},
 		{Off, "%d worked against layers that you chose to go without"},
-		{Absent, "%d worked that only a layer stops which is not here"},
+		{Absent, "%d worked that only a layer stops which this host does not have"},
 	} {
 		if n := r.Count(more.state); n > 0 {
 			s += "; " + fmt.Sprintf(more.text, n)

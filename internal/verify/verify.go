@@ -82,7 +82,7 @@ const (
 	Worked State = "worked" // it did
 	Failed State = "failed" // it could not be tried, or its control did not work
 	Off    State = "off"    // it worked, and a person chose to go without the layer
-	Absent State = "absent" // it worked, and there is no such layer here
+	Absent State = "absent" // it worked, and this host's kernel does not have the layer
 )
 
 // Row is one attack and what came of it. Texts hold what attackers said: they are
@@ -228,16 +228,15 @@ func (e *env) judge(a Attack, f Finding) State {
 	if n.What() == "" {
 		return Worked // nothing that could be off
 	}
+	if e.opts.Sandbox.Without.Has(n) {
+		return Off
+	}
 	for _, s := range e.layers {
-		switch {
-		case s.Layer != n:
-		case s.State == layer.Off:
-			return Off
-		default: // on, or held by another mechanism, or thought to be needless
-			return Worked
+		if s.Layer == n && s.State == layer.Absent {
+			return Absent
 		}
 	}
-	return Absent
+	return Worked // it is on, or held by another mechanism
 }
 
 // Report is the table of attacks.

@@ -14,6 +14,7 @@ import (
 	"github.com/ironclaw-run/ironclaw/internal/guest/hostile"
 	"github.com/ironclaw-run/ironclaw/internal/layer"
 	"github.com/ironclaw-run/ironclaw/internal/link"
+	"github.com/ironclaw-run/ironclaw/internal/sandbox"
 	"github.com/ironclaw-run/ironclaw/internal/verify/probe"
 	"github.com/ironclaw-run/ironclaw/internal/vm"
 )
@@ -25,7 +26,7 @@ func found(f Finding, err error) attackFunc {
 // A row holds only if the attack was made, did not work, and its control did.
 func TestStates(t *testing.T) {
 	refused, works, broken := found(Finding{"no", false}, nil), found(Finding{"yes", true}, nil), found(Finding{}, errors.New("oh"))
-	report := layer.Report{{Layer: layer.GuestSeccomp, State: layer.On}, {Layer: layer.GuestDevices, State: layer.Off}, {Layer: layer.GuestCgroup, State: layer.Held}}
+	report := layer.Report{{Layer: layer.GuestSeccomp, State: layer.On}, {Layer: layer.GuestDevices, State: layer.Off}, {Layer: layer.GuestCgroup, State: layer.Held}, {Layer: layer.Landlock, State: layer.Absent}}
 	for _, tc := range []struct {
 		name         string
 		layer        string
@@ -45,9 +46,10 @@ func TestStates(t *testing.T) {
 		{"layer off", string(layer.GuestDevices), works, nil, Off, ""},
 		{"layer off, held all the same", string(layer.GuestDevices), refused, nil, Held, ""},
 		{"layer held by another", string(layer.GuestCgroup), works, nil, Worked, ""},
-		{"layer unknown", string(layer.GuestUser), works, nil, Absent, ""},
+		{"layer unknown", string(layer.GuestUser), works, nil, Worked, ""},
+		{"layer absent", string(layer.Landlock), works, nil, Absent, ""},
 	} {
-		e := &env{layers: report}
+		e := &env{layers: report, opts: &Options{Sandbox: sandbox.Options{Without: layer.Set{layer.GuestDevices: true}}}}
 		row := e.attack(t.Context(), Attack{Guest, tc.layer, tc.name, "", tc.run, tc.control})
 		if row.State != tc.want || !strings.Contains(row.Control, tc.text) {
 			t.Errorf("%s: %s, control %q; want %s, %q", tc.name, row.State, row.Control, tc.want, tc.text)

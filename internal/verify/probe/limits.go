@@ -185,11 +185,12 @@ func limitProcessors(args []string) (Outcome, string) {
 		all.Set(i)
 	}
 	asked := unix.SchedSetaffinity(0, &all)
-	if err := unix.SchedGetaffinity(0, &all); err != nil {
+	var may unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &may); err != nil {
 		return Unknown, err.Error()
 	}
-	if n := all.Count(); int64(n) > most {
+	if n := may.Count(); int64(n) > most {
 		return Worked, fmt.Sprintf("%d processors", n)
 	}
-	return Refused, fmt.Sprintf("%d processors, sched_setaffinity: %s", all.Count(), errnoName(asked))
+	return Refused, fmt.Sprintf("%d processors, sched_setaffinity: %s", may.Count(), errnoName(asked))
 }
