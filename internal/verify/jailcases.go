@@ -119,6 +119,7 @@ func socketCases() []jailCase {
 		refused(layer.Mounts, "connect to a Unix socket of the host", "net.unix", func(e *env, _ CellFacts) []string {
 			return []string{filepath.Join(e.dir, "socket"), "/run/docker.sock", "/run/dbus/system_bus_socket"}
 		}, nearFiles...),
+		{layer: layer.Seccomp, name: "ask a socket of the host for its network devices", attack: "net.given", expected: "refused"},
 		refused(layer.Seccomp, "open sockets", "net.socket",
 			words("inet", "inet udp", "inet raw", "inet6", "netlink", "packet", "vsock", "alg", "bluetooth", "can", "tipc", "xdp", "key", "rds")),
 	}

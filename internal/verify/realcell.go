@@ -9,6 +9,8 @@ import (
 	"os"
 	"path/filepath"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ironclaw-run/ironclaw/internal/jail"
 	"github.com/ironclaw-run/ironclaw/internal/layer"
 	"github.com/ironclaw-run/ironclaw/internal/verify/probe"
@@ -94,10 +96,11 @@ func (c *jailCell) Run(ctx context.Context, r probe.Request) ([]byte, error) {
 	}
 	defer j.Close()
 	var out limited
-	theirs, ours, err := os.Pipe()
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, err
 	}
+	theirs, ours := os.NewFile(uintptr(pair[0]), "theirs"), os.NewFile(uintptr(pair[1]), "ours")
 	defer ours.Close()
 	p, err := j.Start(ctx, jail.Program{
 		Path: j.Path(c.files[0].Host, insideProgram), Args: []string{probe.Name, probe.Line(probe.Request{Attack: probe.Await}, r)},

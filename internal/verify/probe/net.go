@@ -30,6 +30,7 @@ var netAttacks = map[string]attack{
 	"net.unix":       unixConnect,
 	"net.netlink":    netlinkAddress,
 	"net.self":       toSelf,
+	"net.given":      askGiven,
 	"net.serve":      serve,
 }
 
@@ -342,6 +343,16 @@ func as4(a netip.Addr) [4]byte {
 		return a.Unmap().As4()
 	}
 	return [4]byte{}
+}
+
+// askGiven: asks the socket that it was given, which was made on the host, for the network
+// devices of where it was made.
+func askGiven([]string) (Outcome, string) {
+	ifr, err := unix.NewIfreq("lo")
+	if err != nil {
+		return Unknown, err.Error()
+	}
+	return tried("SIOCGIFFLAGS of the host's lo", unix.IoctlIfreq(awaitFD, unix.SIOCGIFFLAGS, ifr))
 }
 
 // toSelf: brings its loopback up and sends itself a packet over it.
