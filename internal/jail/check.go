@@ -16,6 +16,9 @@ import (
 // insideSelf is this program's place in such a jail.
 const insideSelf = "/ironclaw"
 
+// ownExe leads a process to its own executable, whoever may enter the directories above that.
+const ownExe = "/proc/self/exe"
+
 // Check makes a jail with this program in it and looks at every layer, as it is
 // on this host for this user. The report has the layers that stand; the errors, each a *layer.Error
 // but for one that is of no layer, say what the others lack. Nothing of it remains.
@@ -65,7 +68,7 @@ func try(ctx context.Context, without layer.Set) (layer.Report, error) {
 		files = append(files, File{Host: path, Inside: path})
 	}
 	p, err := j.Start(ctx, Program{
-		Path: j.Path(self, insideSelf), Args: []string{idleName},
+		Path: j.Path(ownExe, insideSelf), Args: []string{idleName},
 		Files:       files,
 		Descriptors: []*os.File{theirs},
 		Stdout:      io.Discard, Stderr: io.Discard,

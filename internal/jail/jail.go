@@ -130,7 +130,9 @@ func (j *Jail) startStage(stack *undo.Stack) error {
 	}
 	j.cmd = exec.Command("/proc/self/exe") //nolint:noctx // its life is the jail's, not the call's
 	j.cmd.Args = []string{stageName, string(args)}
-	j.cmd.Env = []string{}
+	// Without the signals by which Go's runtime interrupts long loops: they would interrupt the
+	// calls that the supervisor answers, too.
+	j.cmd.Env = []string{"GODEBUG=asyncpreemptoff=1"}
 	j.cmd.Dir = "/"
 	j.cmd.Stdout, j.cmd.Stderr = &j.out, &j.errOut
 	j.cmd.ExtraFiles = []*os.File{theirs}

@@ -271,7 +271,7 @@ func TestOpens(t *testing.T) {
 	})
 	p.Args = []string{"test-open", "/memory", "/memory", "/dev/kvm", "/self", "/new", path}
 	want := `/memory "pristin" <nil> bad file descriptor
-/memory permission denied
+/memory "pristin" <nil> bad file descriptor
 /dev/kvm "overwri" <nil> <nil>
 /self permission denied
 /new permission denied

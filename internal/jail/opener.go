@@ -90,11 +90,11 @@ func (o *opener) answer(n *seccomp.Notification) {
 	switch n.Data.Number {
 	case unix.SYS_EXECVE:
 		if o.executed && o.single {
-			_ = seccomp.Refuse(o.fd, n.ID, unix.EACCES)
+			_ = seccomp.Refuse(o.fd, n.ID, unix.EACCES) // an error, here and below, says that the caller is gone
 			return
 		}
-		o.executed = true
-		_ = seccomp.Continue(o.fd, n.ID) // an error, here and below, says that the caller was killed
+		// One that a signal has interrupted meanwhile asks again.
+		o.executed = seccomp.Continue(o.fd, n.ID) == nil
 	case unix.SYS_OPENAT:
 		o.open(n)
 	default:
@@ -112,9 +112,7 @@ func (o *opener) open(n *seccomp.Notification) {
 	}
 	if err := seccomp.Give(o.fd, n.ID, int(f.Fd())); err != nil {
 		_ = seccomp.Refuse(o.fd, n.ID, unix.EACCES)
-		return
 	}
-	delete(o.opens, name)
 }
 
 const maxName = 256 // bytes of a name that is looked up

@@ -24,7 +24,7 @@ type Program struct {
 	// Descriptors become 3, 4 and so on. Nothing else is inherited.
 	Descriptors []*os.File
 	// Opens are names that the program may open for reading and writing, though no
-	// such file exists: it gets what is given here, once for each name. What is open only for
+	// such file exists: it gets what is given here, until Seal. What is open only for
 	// reading stays so, whatever was asked for. All other opening for
 	// writing is refused. Needs the layer seccomp.
 	Opens map[string]*os.File

@@ -231,6 +231,6 @@ func aloneCases() []jailCase {
 		one(layer.NoNewPrivs, "go without no_new_privs", "privilege.nnp", nil, layer.Seccomp, layer.Landlock),
 		one(layer.Seccomp, "open a socket", "net.socket", words("inet")),
 		one(layer.Rlimits, "open descriptors without end", "limit.files", words("1000")),
-		one(layer.Landlock, "open files of the host", "file.read", words("/etc/passwd"), layer.Mounts),
+		one(layer.Landlock, "read files of the host", "file.read", words("/etc/passwd"), layer.Mounts),
 	}
 }

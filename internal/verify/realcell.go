@@ -103,7 +103,8 @@ func (c *jailCell) Run(ctx context.Context, r probe.Request) ([]byte, error) {
 	theirs, ours := os.NewFile(uintptr(pair[0]), "theirs"), os.NewFile(uintptr(pair[1]), "ours")
 	defer ours.Close()
 	p, err := j.Start(ctx, jail.Program{
-		Path: j.Path(c.files[0].Host, insideProgram), Args: []string{probe.Name, probe.Line(probe.Request{Attack: probe.Await}, r)},
+		// Its own link leads there, whoever may enter the directories above.
+		Path: j.Path("/proc/self/exe", insideProgram), Args: []string{probe.Name, probe.Line(probe.Request{Attack: probe.Await}, r)},
 		Files: c.files, Descriptors: []*os.File{theirs}, Stdout: &out, Stderr: io.Discard,
 	})
 	theirs.Close()
