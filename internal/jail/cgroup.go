@@ -47,7 +47,7 @@ func (j *Jail) cpuPercent() int { return cmp.Or(j.opts.Percent, j.opts.CPUs*100+
 const (
 	readBytes = 1 << 30 // a second
 	readOps   = 100_000 // a second
-	writeOps  = 1       // a second: nothing is to be written
+	writeOps  = 2       // a second, the least there is: nothing is to be written
 )
 
 const cpuPeriod = 100_000 // microseconds

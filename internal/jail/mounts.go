@@ -19,7 +19,11 @@ const newRoot = "/proc"
 // foreign says that another user than the files' own will read them.
 func enclose(files []File, foreign bool) error {
 	// What is mounted here must not appear on the host.
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+	switch err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err {
+	case nil:
+	case unix.EINVAL:
+		return &notMountedError{}
+	default:
 		return fmt.Errorf("make the mounts private: %w", err)
 	}
 	if err := unix.Mount("jail", newRoot, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "size=1m,mode=0755"); err != nil {
@@ -50,6 +54,17 @@ func enclose(files []File, foreign bool) error {
 		return err
 	}
 	return protect(files)
+}
+
+// notMountedError says that the root directory is not the root of a mount: that there is a
+// chroot(2) around this program, which pivot_root(2) cannot leave.
+type notMountedError struct{}
+
+func (*notMountedError) Error() string { return "the root directory is that of a chroot and no mount" }
+
+// Hint is the remedy.
+func (*notMountedError) Hint() string {
+	return "mount the directory before the chroot: mount --bind DIR DIR"
 }
 
 // unreadableError is about a file that the VMM's user may not read.

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/ironclaw-run/ironclaw/internal/layer"
 	"github.com/ironclaw-run/ironclaw/internal/vm"
 )
 
@@ -27,7 +28,7 @@ func kvmDeadline() time.Duration {
 
 // ProveKVM boots the machine of spec with KVM and lets greet talk to its guest.
 // The verdict is kept until the host reboots, or kernel or QEMU change. An error
-// means that there is no verdict: ctx ended.
+// means that there is no verdict: ctx ended, or a layer of isolation could not be set (a *layer.Error).
 func (d *Driver) ProveKVM(ctx context.Context, spec vm.Spec, progress func(string), greet func(context.Context, vm.Machine) error) (Verdict, error) {
 	const device = "/dev/kvm"
 	f, err := os.OpenFile(device, os.O_RDWR, 0)
@@ -86,9 +87,12 @@ func (d *Driver) tryKVM(ctx context.Context, spec vm.Spec, greet func(context.Co
 		err = greet(tryCtx, m)
 		m.Close()
 	}
+	var lacking *layer.Error
 	switch {
 	case ctx.Err() != nil:
 		return Verdict{}, context.Cause(ctx)
+	case errors.As(err, &lacking): // which says nothing of KVM
+		return Verdict{}, err
 	case tryCtx.Err() != nil:
 		return Verdict{Reason: context.Cause(tryCtx).Error()}, nil
 	case err != nil:
