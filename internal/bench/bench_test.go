@@ -4,15 +4,13 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
-	"flag"
 	"os"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/ironclaw-run/ironclaw/internal/golden"
 )
-
-var update = flag.Bool("update", false, "make the golden files anew")
 
 func TestQuantile(t *testing.T) {
 	for _, c := range []struct {
@@ -60,7 +58,7 @@ func testTable(noisy string) *Table {
 }
 
 func TestPrint(t *testing.T) {
-	for golden, noisy := range map[string]string{
+	for path, noisy := range map[string]string{
 		"testdata/table.golden": "",
 		"testdata/noisy.golden": "the same arithmetic took 2.50 to 6.10 ms, the hypervisor took 7 % of the CPU time",
 	} {
@@ -68,18 +66,7 @@ func TestPrint(t *testing.T) {
 		if err := testTable(noisy).Print(&b); err != nil {
 			t.Fatal(err)
 		}
-		if *update {
-			if err := os.WriteFile(golden, b.Bytes(), 0o644); err != nil {
-				t.Fatal(err)
-			}
-		}
-		want, err := os.ReadFile(golden)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if d := cmp.Diff(string(want), b.String()); d != "" {
-			t.Errorf("-want +got:\n%s", d)
-		}
+		golden.Check(t, path, b.String())
 	}
 }
 

@@ -32,10 +32,6 @@ type Rules = rules.Rules
 // in: nothing comes in, goes out or passes through.
 func Machine(id string) Rules { return rules.Machine(id) }
 
-// Guard returns the rules for the host's own namespace: what the users first to
-// last send is dropped.
-func Guard(first, last uint32) Rules { return rules.Guard(first, last) }
-
 // Backends, as people name them.
 const (
 	Auto     = "auto" // nftables; iptables if the kernel does not have it

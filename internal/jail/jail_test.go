@@ -21,8 +21,6 @@ import (
 	"github.com/ironclaw-run/ironclaw/internal/testenv"
 )
 
-var update = flag.Bool("update", false, "write the golden files anew")
-
 // programs are what this test can be in a jail, by its second argument.
 var programs = map[string]func(args []string){
 	"test-open": func(args []string) { // opens each file for reading and writing, and says what came of it

@@ -3,11 +3,11 @@ package seccomp
 import (
 	"fmt"
 	"math/rand/v2"
-	"os"
 	"slices"
 	"strings"
 	"testing"
 
+	"github.com/ironclaw-run/ironclaw/internal/golden"
 	"golang.org/x/sys/unix"
 )
 
@@ -210,7 +210,7 @@ func TestRefusals(t *testing.T) {
 	}
 	byDefault, strict := compile(t, Default(testKey)), compile(t, Strict(testKey))
 	for _, c := range cases {
-		nr, ok := Number(c.call)
+		nr, ok := number(c.call)
 		if !ok {
 			t.Errorf("no call %s", c.call)
 			continue
@@ -325,15 +325,7 @@ func FuzzCompile(f *testing.F) {
 func TestGolden(t *testing.T) {
 	for _, p := range []*Profile{Default(testKey), Strict(testKey), Permissive()} {
 		got := p.String() + "\nprogram\n" + disassemble(compile(t, p))
-		name := "testdata/" + p.Name + ".txt"
-		if *update {
-			if err := os.WriteFile(name, []byte(got), 0o644); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if want, err := os.ReadFile(name); err != nil || string(want) != got {
-			t.Errorf("%s is not as compiled (go test ./internal/seccomp -update): %v", name, err)
-		}
+		golden.Check(t, "testdata/"+p.Name+".txt", got)
 	}
 }
 

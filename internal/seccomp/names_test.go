@@ -2,7 +2,6 @@ package seccomp
 
 import (
 	"bytes"
-	"flag"
 	"fmt"
 	"go/format"
 	"os"
@@ -11,9 +10,9 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-)
 
-var update = flag.Bool("update", false, "rewrite the table of names and the golden files")
+	"github.com/ironclaw-run/ironclaw/internal/golden"
+)
 
 // The table is made from the constants of golang.org/x/sys, which is made from the
 // kernel's headers.
@@ -35,7 +34,7 @@ func TestNames(t *testing.T) {
 			t.Fatal(err)
 		}
 		name := strings.ToLower(m[1])
-		if n, ok := Number(name); !*update && (!ok || n != nr || Name(nr) != name) {
+		if n, ok := number(name); !golden.Update() && (!ok || n != nr || Name(nr) != name) {
 			t.Errorf("%s is %d in the table, %v; it is %d", name, n, ok, nr)
 		}
 		fmt.Fprintf(&b, "\t%d: %q,\n", nr, name)
@@ -49,7 +48,7 @@ func TestNames(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if *update {
+	if golden.Update() {
 		if err := os.WriteFile("names.go", want, 0o644); err != nil {
 			t.Fatal(err)
 		}
@@ -57,4 +56,14 @@ func TestNames(t *testing.T) {
 	if got, err := os.ReadFile("names.go"); err != nil || !bytes.Equal(got, want) {
 		t.Errorf("names.go is not as it would be made: %v", err)
 	}
+}
+
+// number is the number of a call on x86-64.
+func number(name string) (nr int, ok bool) {
+	for i, n := range names {
+		if n == name && name != "" {
+			return i, true
+		}
+	}
+	return 0, false
 }

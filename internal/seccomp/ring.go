@@ -76,13 +76,6 @@ func (r *Ring) Add(d Denial) {
 	r.next = (r.next + 1) % r.size
 }
 
-// Drop counts a denial that is not kept.
-func (r *Ring) Drop() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.dropped++
-}
-
 // Read returns what is kept, the oldest first, and how many were dropped.
 func (r *Ring) Read() (kept []Denial, dropped int) {
 	r.mu.Lock()

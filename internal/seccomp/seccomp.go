@@ -103,16 +103,6 @@ type Profile struct {
 	Rules   []Rule // the first that applies decides
 }
 
-// Number is the number of a call on x86-64.
-func Number(name string) (nr int, ok bool) {
-	for i, n := range names {
-		if n == name && name != "" {
-			return i, true
-		}
-	}
-	return 0, false
-}
-
 // Name is the name of the call of this number on x86-64, "" if there is none or it
 // is newer than our table.
 func Name(nr int) string {

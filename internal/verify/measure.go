@@ -30,10 +30,6 @@ const usableBound = 20 * time.Second
 // rounds is how often each thing is measured.
 const rounds = 3
 
-func (u usable) String() string {
-	return fmt.Sprintf("%d/%d/%d/%d ms", u.neighbour.Milliseconds(), u.process.Milliseconds(), u.disk.Milliseconds(), u.memory.Milliseconds())
-}
-
 // against shows u beside what was before.
 func (u usable) against(before usable) string {
 	ratio := func(a, b time.Duration) string {

@@ -2,8 +2,6 @@ package iptables
 
 import (
 	"errors"
-	"flag"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -11,9 +9,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/ironclaw-run/ironclaw/internal/firewall/firewalltest"
 	"github.com/ironclaw-run/ironclaw/internal/firewall/rules"
+	"github.com/ironclaw-run/ironclaw/internal/golden"
 )
-
-var update = flag.Bool("update", false, "rewrite the golden files")
 
 func TestGolden(t *testing.T) {
 	machine, err := setScript(rules.Machine("m1"))
@@ -35,18 +32,7 @@ func TestGolden(t *testing.T) {
 		"guard.save":           guard,
 	} {
 		path := filepath.Join("testdata", name)
-		if *update {
-			if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
-				t.Fatal(err)
-			}
-		}
-		want, err := os.ReadFile(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if d := cmp.Diff(string(want), got); d != "" {
-			t.Errorf("%s (go test -update, if it is meant):\n%s", path, d)
-		}
+		golden.Check(t, path, got)
 	}
 }
 

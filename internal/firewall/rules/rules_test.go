@@ -1,16 +1,12 @@
 package rules
 
 import (
-	"flag"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
+	"github.com/ironclaw-run/ironclaw/internal/golden"
 )
-
-var update = flag.Bool("update", false, "rewrite the golden files")
 
 func TestGolden(t *testing.T) {
 	for name, r := range map[string]Rules{
@@ -20,18 +16,7 @@ func TestGolden(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 		path := filepath.Join("testdata", name+".nft")
-		if *update {
-			if err := os.WriteFile(path, []byte(r.String()), 0o644); err != nil {
-				t.Fatal(err)
-			}
-		}
-		want, err := os.ReadFile(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if d := cmp.Diff(string(want), r.String()); d != "" {
-			t.Errorf("%s (go test -update, if it is meant):\n%s", path, d)
-		}
+		golden.Check(t, path, r.String())
 	}
 }
 

@@ -20,7 +20,6 @@ type recorder struct {
 
 	mu    sync.Mutex // guards the rest
 	count int
-	last  []byte // the packet that was counted last
 	fences
 }
 
@@ -93,7 +92,6 @@ func (r *recorder) add(packet []byte) {
 		return
 	}
 	r.count++
-	r.last = append(r.last[:0], packet[:min(len(packet), 96)]...)
 }
 
 // Packets is how many packets have been on any interface of the namespace until
@@ -116,11 +114,4 @@ func (n *Net) Packets() (int, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.count, nil
-}
-
-// Last is the beginning of the packet that was counted last.
-func (n *Net) Last() []byte {
-	n.rec.mu.Lock()
-	defer n.rec.mu.Unlock()
-	return bytes.Clone(n.rec.last)
 }

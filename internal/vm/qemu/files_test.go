@@ -9,8 +9,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
-
+	"github.com/ironclaw-run/ironclaw/internal/golden"
 	"github.com/ironclaw-run/ironclaw/internal/jail"
 	"github.com/ironclaw-run/ironclaw/internal/layer"
 	"github.com/ironclaw-run/ironclaw/internal/testenv"
@@ -48,18 +47,7 @@ func TestFiles(t *testing.T) {
 		slices.Sort(lines)
 		got := strings.Join(slices.Compact(lines), "\n") + "\n"
 		path := filepath.Join("testdata", name+".golden")
-		if *update {
-			if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
-				t.Fatal(err)
-			}
-		}
-		want, err := os.ReadFile(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if d := cmp.Diff(string(want), got); d != "" {
-			t.Errorf("%s: run the test with -update if this is meant:\n%s", name, d)
-		}
+		golden.Check(t, path, got)
 	}
 }
 

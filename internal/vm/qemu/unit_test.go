@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"net"
 	"os"
@@ -12,9 +11,9 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
 
+	"github.com/ironclaw-run/ironclaw/internal/golden"
 	"github.com/ironclaw-run/ironclaw/internal/jail"
 	"github.com/ironclaw-run/ironclaw/internal/vm"
 )
@@ -23,8 +22,6 @@ func TestMain(m *testing.M) {
 	jail.Init()
 	goleak.VerifyTestMain(m)
 }
-
-var update = flag.Bool("update", false, "write the golden files anew")
 
 // The command line as text: each option is there for a reason (command.go), and
 // a snapshot will depend on all of them.
@@ -49,18 +46,7 @@ func TestCommand(t *testing.T) {
 			}
 			got := strings.Join(d.command(&spec, paths{spec.Root, insideKernel, insideInitrd}, 4711), "\n") + "\n"
 			path := filepath.Join("testdata", name+".golden")
-			if *update {
-				if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
-					t.Fatal(err)
-				}
-			}
-			want, err := os.ReadFile(path)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if d := cmp.Diff(string(want), got); d != "" {
-				t.Errorf("run the test with -update if this is meant:\n%s", d)
-			}
+			golden.Check(t, path, got)
 		})
 	}
 }
