@@ -52,10 +52,8 @@ const (
 
 const cpuPeriod = 100_000 // microseconds
 
-// makeCgroup makes the cgroup and begins to move the process there. That takes the kernel
-// some 15 ms, in which the program may as well start: Verify waits for it, and before that
-// nothing foreign runs. Where the host gives none, the
-// bounds are held by other mechanisms (see plan), unless the layer is required.
+// makeCgroup makes the cgroup. Where the host gives none, the bounds are held by other
+// mechanisms (see plan), unless the layer is required.
 func (j *Jail) makeCgroup() error {
 	if !j.on(layer.Cgroup) {
 		return nil
@@ -71,6 +69,17 @@ func (j *Jail) makeCgroup() error {
 		return err
 	}
 	j.cgroup = c
+	return nil
+}
+
+// enterCgroup sets the bounds and begins to move the process there. That takes the kernel
+// some 15 ms, in which the program may as well start: Verify waits for it, and before that
+// nothing foreign runs.
+func (j *Jail) enterCgroup() error {
+	c := j.cgroup
+	if c == nil {
+		return nil
+	}
 	if err := c.limit(j.opts.Memory, j.cpuPercent(), j.threads(), j.opts.Disk); err != nil {
 		return err
 	}

@@ -89,6 +89,11 @@ func Prepare(ctx context.Context, opts Options) (*Jail, error) {
 	if err := j.takeUID(&stack); err != nil {
 		return nil, err
 	}
+	// Before the stage: where a cgroup was delegated, no process may be left in it itself.
+	if err := j.makeCgroup(); err != nil {
+		return nil, &layer.Error{Layer: layer.Cgroup, Err: err}
+	}
+	stack.Add(j.cgroup.remove)
 	if err := j.startStage(&stack); err != nil {
 		return nil, fmt.Errorf("make a jail: %w", err)
 	}
@@ -217,7 +222,7 @@ func (j *Jail) setup() setup {
 func (j *Jail) prepare(ctx context.Context) {
 	defer close(j.ready)
 	j.failed = func() error {
-		if err := j.makeCgroup(); err != nil {
+		if err := j.enterCgroup(); err != nil {
 			return &layer.Error{Layer: layer.Cgroup, Err: err}
 		}
 		if err := j.checkGuard(ctx); err != nil {
@@ -279,7 +284,6 @@ func (j *Jail) Close() error {
 		if j.entered != nil {
 			<-j.entered
 		}
-		j.cgroup.remove()
 		j.release()
 	})
 	return nil
