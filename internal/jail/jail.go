@@ -32,6 +32,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -140,7 +141,12 @@ func (j *Jail) startStage(stack *undo.Stack) error {
 	j.cmd.Env = []string{"GODEBUG=asyncpreemptoff=1"}
 	j.cmd.Dir = "/"
 	j.cmd.Stdout, j.cmd.Stderr = &j.out, &j.errOut
-	j.cmd.ExtraFiles = []*os.File{theirs}
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		return err
+	}
+	defer null.Close()
+	j.cmd.ExtraFiles = append([]*os.File{theirs}, slices.Repeat([]*os.File{null}, maxGiven)...)
 	j.cmd.WaitDelay = waitDelay
 	j.cmd.SysProcAttr = j.attributes()
 	started := make(chan error)

@@ -177,11 +177,11 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-// leftovers are the cgroups and users of jails.
+// leftovers are the cgroups of these tests' jails.
 func leftovers(t *testing.T) []string {
 	t.Helper()
 	var all []string
-	for _, pattern := range []string{"/sys/fs/cgroup/ironclaw/jailtest*", "/sys/fs/cgroup/*/ironclaw/jailtest*", "/sys/fs/cgroup/*/*/*/ironclaw/jailtest*", uidDir + "/*"} {
+	for _, pattern := range []string{"/sys/fs/cgroup/ironclaw/jailtest*", "/sys/fs/cgroup/*/ironclaw/jailtest*", "/sys/fs/cgroup/*/*/*/ironclaw/jailtest*", "/sys/fs/cgroup/*/ironclaw/check-*", "/sys/fs/cgroup/ironclaw/check-*"} {
 		found, err := filepath.Glob(pattern)
 		if err != nil {
 			t.Fatal(err)
@@ -352,12 +352,25 @@ func TestSupervisorKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Close(pidfd)
+	user := "" // of its own
+	if OwnUsers() {
+		status, err := readStatus(fmt.Sprintf("/proc/%d/status", pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		user = strings.Fields(status["Uid"])[0]
+	}
 	cmd.Process.Kill()
 	cmd.Wait()
 	if n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 10_000); n != 1 {
 		t.Fatalf("the program lives on: %v", err)
 	}
 	Sweep([]string{"jailtest"})
+	if user != "" {
+		if _, err := os.Stat(filepath.Join(uidDir, user)); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("user %s is still taken: %v", user, err)
+		}
+	}
 	if after := leftovers(t); !slices.Equal(before, after) {
 		t.Errorf("before %q, after %q", before, after)
 	}
@@ -412,6 +425,26 @@ func TestFirewallNeedsItsNamespace(t *testing.T) {
 	}
 }
 
+// A user is one program's as long as that lives, and then nobody's.
+func TestOwnUser(t *testing.T) {
+	if !OwnUsers() {
+		testenv.Skip(t, "needs root: VMMs of normal users have user namespaces")
+	}
+	a, b := prepare(t, nil), prepare(t, nil)
+	if a.uid.number == b.uid.number {
+		t.Errorf("both are user %d", a.uid.number)
+	}
+	name := a.uid.lock.Name()
+	sweepUIDs()
+	if _, err := os.Stat(name); err != nil {
+		t.Errorf("swept while it was in use: %v", err)
+	}
+	a.Close()
+	if _, err := os.Stat(name); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("it is still taken: %v", err)
+	}
+}
+
 // A context that ends ends the start.
 func TestCancelled(t *testing.T) {
 	needJail(t)
@@ -424,5 +457,25 @@ func TestCancelled(t *testing.T) {
 	cancel()
 	if _, err := j.Start(ctx, self("test-environment", Program{})); !errors.Is(err, context.Canceled) {
 		t.Error(err)
+	}
+}
+
+// The descriptors that a program is given take no number that the stage's own runtime uses: it
+// would die of that, now and then.
+func TestManyDescriptors(t *testing.T) {
+	needJail(t)
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	for range 20 {
+		if got, want := run(t, self("test-environment", Program{Descriptors: slices.Repeat([]*os.File{null}, maxGiven)})), "0 11 0\n"; got != want {
+			t.Fatalf("environment, descriptors, /proc: %q, not %q", got, want)
+		}
+	}
+	_, err = prepare(t, nil).Start(t.Context(), self("test-environment", Program{Descriptors: slices.Repeat([]*os.File{null}, maxGiven+1)}))
+	if err == nil {
+		t.Error("one too many")
 	}
 }

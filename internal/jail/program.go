@@ -21,7 +21,7 @@ type Program struct {
 	Args []string // without the program's name
 	// Files are all that exists in the jail; see File.
 	Files []File
-	// Descriptors become 3, 4 and so on. Nothing else is inherited.
+	// Descriptors, 8 at most, become 3, 4 and so on. Nothing else is inherited.
 	Descriptors []*os.File
 	// Opens are names that the program may open for reading and writing, though no
 	// such file exists: it gets what is given here, until Seal. What is open only for
@@ -59,6 +59,9 @@ func (j *Jail) Start(ctx context.Context, p Program) (*Process, error) {
 	}
 	if j.failed != nil {
 		return nil, fmt.Errorf("make a jail: %w", j.failed)
+	}
+	if len(p.Descriptors) > maxGiven {
+		return nil, fmt.Errorf("start in the jail: %d descriptors are too many: %d are possible", len(p.Descriptors), maxGiven)
 	}
 	msg, err := json.Marshal(j.plan(&p))
 	if err != nil {

@@ -19,16 +19,19 @@ import (
 const stageName = "ironclaw-jail"
 
 // controlFD is where the stage finds its socket, and where it keeps it out of the
-// way of the descriptors that it is given.
+// way of the descriptors that it is given. Those will be 3 and so on: numbers that are taken from
+// the stage's start, for Go's runtime has descriptors of its own, and a runtime whose epoll
+// was replaced by something else dies.
 const (
 	controlFD     = 3
+	maxGiven      = 8 // descriptors for the program
 	controlParked = 200
 	parked        = 201 // where descriptors wait until all have arrived
 )
 
 const (
 	maxMessage = 64 << 10 // bytes of a message, either way
-	maxRights  = 32       // descriptors with one message
+	maxRights  = maxGiven // descriptors with one message
 )
 
 // setup is what the stage is told at its start, as an argument.
@@ -110,7 +113,9 @@ func (s *stage) run(arg string) error {
 	if err := unix.Dup3(controlFD, controlParked, unix.O_CLOEXEC); err != nil {
 		return fmt.Errorf("keep the socket: %w", err)
 	}
-	unix.Close(controlFD)
+	if err := unix.Dup3(controlFD+1, controlFD, unix.O_CLOEXEC); err != nil {
+		return fmt.Errorf("give up the socket's number: %w", err)
+	}
 	ready := reply{}
 	if conf.Firewall {
 		s.layer = layer.Firewall
