@@ -213,6 +213,9 @@ func (j *Jail) startError(err error) error {
 	if !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.EACCES) {
 		return err
 	}
+	if !j.on(layer.User) && !ownsUIDs() {
+		return fmt.Errorf("a normal user can have no other namespaces without the layer %s: %w", layer.User, err)
+	}
 	if j.userNamespace() {
 		return &layer.Error{Layer: layer.User, Err: fmt.Errorf("make a user namespace: %w", err), Remedy: cmp.Or(userNamespaceForbidden(), "run ironclaw as root")}
 	}
