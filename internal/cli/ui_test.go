@@ -20,12 +20,16 @@ import (
 
 	"github.com/ironclaw-run/ironclaw/internal/guestrpc"
 	"github.com/ironclaw-run/ironclaw/internal/image"
+	"github.com/ironclaw-run/ironclaw/internal/jail"
 	"github.com/ironclaw-run/ironclaw/internal/sandbox"
 	"github.com/ironclaw-run/ironclaw/internal/state"
 	"github.com/ironclaw-run/ironclaw/internal/vm"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	jail.Init()
+	goleak.VerifyTestMain(m)
+}
 
 func TestExitCode(t *testing.T) {
 	notFound := guestrpc.Errorf(guestrpc.CodeNotFound, "x")

@@ -80,6 +80,9 @@ type Jail struct {
 // goes wrong is told by Start. ctx bounds the making, not the jail's life. The caller closes
 // the jail, or the process that Start makes of it.
 func Prepare(ctx context.Context, opts Options) (*Jail, error) {
+	if !initialised.Load() {
+		return nil, errors.New("make a jail: this program does not begin with jail.Init")
+	}
 	if opts.ID == "" || opts.Memory <= 0 {
 		return nil, errors.New("a jail needs an id and a bound on memory")
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -85,9 +86,14 @@ func (r *reply) error() error {
 	return &layer.Error{Layer: r.Layer, Err: errors.New(r.Error), Remedy: r.Remedy}
 }
 
+// initialised is set by Init. A program that does not call it would, started as a stage, do all over again
+// what made it start one, without end.
+var initialised atomic.Bool
+
 // Init becomes the stage, and does not return, if this process was started as
 // one. It must be called first in main, and in the TestMain of tests that make jails.
 func Init() {
+	initialised.Store(true)
 	if len(os.Args) == 2 && os.Args[0] == stageName {
 		runtime.LockOSThread()
 		s := new(stage)
