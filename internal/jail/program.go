@@ -78,6 +78,7 @@ func (j *Jail) Start(ctx context.Context, p Program) (*Process, error) {
 		return nil, fmt.Errorf("tell the jail what to run: %w", err)
 	}
 	if err := j.follow(ctx, proc); err != nil {
+		proc.Seal() // it may have asked already
 		return nil, fmt.Errorf("start in the jail: %w", err)
 	}
 	return proc, nil

@@ -142,8 +142,11 @@ func (d *Driver) confined(ctx context.Context, m *machine, spec *vm.Spec, cid ui
 		return p, err
 	}
 	p.Args = d.command(spec, pathsIn(spec.Jail, spec), cid)
-	if !spec.Jail.Has(layer.Seccomp) {
+	if !spec.Jail.Has(layer.Seccomp) { // by which it would be given the device
 		p.Args[slices.Index(p.Args, sandboxOptions)] = "off"
+		if spec.Accel == vm.KVM {
+			p.Files = append(p.Files, jail.File{Host: kvmDevice, Inside: kvmDevice, Device: true})
+		}
 	}
 	m.info.Command = append([]string{d.program}, p.Args...)
 	switch {
